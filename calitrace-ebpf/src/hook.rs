@@ -1,0 +1,86 @@
+//! The numbers of the hooks. What a hook is for, how it is attached and what is lost without it stands in the table
+//! of the loader (`calitrace::kernel::hooks`); here is only what both sides must agree on.
+
+/// Where a record was made. The discriminant is the record's `hook` byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Hook {
+    /// TC ingress of a workload interface: the pod sent it.
+    WorkloadIngress = 0,
+    /// TC egress of a workload interface: about to enter the pod.
+    WorkloadEgress = 1,
+    /// TC ingress of a tunnel device: decapsulated.
+    TunnelIngress = 2,
+    /// TC egress of a tunnel device: about to be encapsulated.
+    TunnelEgress = 3,
+    /// TC ingress of an uplink: arrived from another node.
+    UplinkIngress = 4,
+    /// TC egress of an uplink: leaves the node.
+    UplinkEgress = 5,
+    /// Raw tracepoint `skb:kfree_skb`: the kernel dropped it.
+    KfreeSkb = 6,
+}
+
+/// What kind of interface a hook sits on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// The host end of a pod's device.
+    Workload,
+    /// `tunl0`, `vxlan.calico`, `wireguard.cali`.
+    Tunnel,
+    /// A device towards other nodes.
+    Uplink,
+    /// Not bound to an interface.
+    Stack,
+}
+
+/// Which way a packet passes an interface, as the node that owns it sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// Into the node's stack.
+    Ingress,
+    /// Out of the node's stack.
+    Egress,
+    /// The hook is not bound to a direction.
+    None,
+}
+
+impl Hook {
+    /// Every hook, in the order of their numbers.
+    pub const ALL: [Self; 7] = [
+        Self::WorkloadIngress,
+        Self::WorkloadEgress,
+        Self::TunnelIngress,
+        Self::TunnelEgress,
+        Self::UplinkIngress,
+        Self::UplinkEgress,
+        Self::KfreeSkb,
+    ];
+
+    /// The hook with this number, if there is one.
+    #[must_use]
+    pub const fn from_number(number: u8) -> Option<Self> {
+        if (number as usize) < Self::ALL.len() { Some(Self::ALL[number as usize]) } else { None }
+    }
+
+    /// The kind of interface it sits on.
+    #[must_use]
+    pub const fn place(self) -> Place {
+        match self {
+            Self::WorkloadIngress | Self::WorkloadEgress => Place::Workload,
+            Self::TunnelIngress | Self::TunnelEgress => Place::Tunnel,
+            Self::UplinkIngress | Self::UplinkEgress => Place::Uplink,
+            Self::KfreeSkb => Place::Stack,
+        }
+    }
+
+    /// The direction in which packets pass it.
+    #[must_use]
+    pub const fn direction(self) -> Direction {
+        match self {
+            Self::WorkloadIngress | Self::TunnelIngress | Self::UplinkIngress => Direction::Ingress,
+            Self::WorkloadEgress | Self::TunnelEgress | Self::UplinkEgress => Direction::Egress,
+            Self::KfreeSkb => Direction::None,
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Event records as they lie in the ring buffer.
+//!
+//! Three kinds, each a prefix of the next, so that a record costs only the bytes it needs: [`Plain`] (128 bytes),
+//! [`Encapsulated`] (168, plus the outer header) and [`Full`] (192, plus what a drop or an ICMP error tells).
+//! All integers are in host byte order. Addresses are IPv6; IPv4 ones are mapped (`::ffff:a.b.c.d`).
+//! The header described is always the **innermost** one.
+
+use core::mem::{offset_of, size_of};
+
+/// The first byte of a record: which of the three layouts follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    /// [`Plain`].
+    Plain = 1,
+    /// [`Encapsulated`].
+    Encapsulated = 2,
+    /// [`Full`].
+    Full = 3,
+}
+
+/// Bits of [`Plain::flags`].
+pub struct Flags;
+
+impl Flags {
+    /// The packet is IPv6.
+    pub const V6: u8 = 1;
+    /// IPv4 "don't fragment".
+    pub const DF: u8 = 2;
+    /// More fragments follow.
+    pub const MF: u8 = 4;
+    /// [`Plain::netns`] is a namespace cookie (`bpf_get_netns_cookie`), not an inode number.
+    pub const NETNS_COOKIE: u8 = 8;
+    /// Made by a drop: [`Plain::reason`] and [`Tail::location`] are set.
+    pub const DROP: u8 = 16;
+    /// An ICMP or ICMPv6 error that quotes a packet; see [`Plain`] for where the quoted fields lie.
+    pub const ICMP_ERROR: u8 = 32;
+    /// [`Plain::tsval`] holds a TCP timestamp.
+    pub const TSVAL: u8 = 64;
+    /// The transport header was not there, or could not be read: ports and what follows them are zero.
+    pub const NO_TRANSPORT: u8 = 128;
+}
+
+/// How an outer header carries the inner packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum TunnelKind {
+    /// IPv4 protocol 4 (or 41 for IPv6 inside IPv4).
+    Ipip = 1,
+    /// UDP port 4789, or the one configured.
+    Vxlan = 2,
+}
+
+/// What every record has.
+///
+/// | field | TCP | UDP | ICMP echo | ICMP error | other ICMP |
+/// | --- | --- | --- | --- | --- | --- |
+/// | `sport` | source port | source port | type << 8 \| code | type << 8 \| code | type << 8 \| code |
+/// | `dport` | destination port | destination port | 0 | quoted protocol << 8 \| quoted TTL | 0 |
+/// | `seq` | sequence number | 0 | id << 16 \| sequence | quoted source port << 16 \| destination port, or quoted id << 16 \| sequence of an echo | rest of header |
+/// | `ack` | acknowledgement | 0 | 0 | quoted TCP sequence number, or quoted ICMP type << 8 \| code | 0 |
+/// | `window` | window | 0 | 0 | quoted IP id | 0 |
+/// | `tsval` | timestamp value | 0 | 0 | rest of header (the next-hop MTU) | 0 |
+/// | `payload` | payload bytes | payload bytes | payload bytes | quoted IP total length | bytes after the first 8 |
+/// | `digest` | 0 | digest | digest | 0 | digest |
+///
+/// The source address of a quoted packet is the error's own destination; its destination is in [`Tail::quoted_dst`].
+/// Other protocols have zero ports and a digest of their first bytes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Plain {
+    /// [`Kind`].
+    pub kind: u8,
+    /// [`crate::Hook`].
+    pub hook: u8,
+    /// [`Flags`].
+    pub flags: u8,
+    /// Innermost transport protocol (IANA number), after IPv6 extension headers.
+    pub proto: u8,
+    /// CPU that ran the program.
+    pub cpu: u16,
+    /// TTL or hop limit.
+    pub ttl: u8,
+    /// TOS or traffic class.
+    pub tos: u8,
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub time: u64,
+    /// Address of the `sk_buff`; 0 where it is not known.
+    pub skb: u64,
+    /// `skb->head`; 0 without BTF.
+    pub head: u64,
+    /// Inode number of the network namespace of the device, or its cookie ([`Flags::NETNS_COOKIE`]); 0 if unknown.
+    pub netns: u64,
+    /// Interface index in that namespace; 0 if unknown.
+    pub ifindex: u32,
+    /// IP total length in bytes, header included; of a super-packet the whole.
+    pub length: u32,
+    /// Source address.
+    pub src: [u8; 16],
+    /// Destination address.
+    pub dst: [u8; 16],
+    /// See the table.
+    pub sport: u16,
+    /// See the table.
+    pub dport: u16,
+    /// IPv4 identification, or the IPv6 fragment header's.
+    pub ip_id: u32,
+    /// Fragment offset in units of 8 bytes.
+    pub frag_off: u16,
+    /// `gso_size` of the `sk_buff`, 0 for a plain packet.
+    pub gso_size: u16,
+    /// `gso_segs` of the `sk_buff`.
+    pub gso_segs: u16,
+    /// TCP flags byte.
+    pub tcp_flags: u8,
+    /// Explicit padding.
+    pub pad0: u8,
+    /// See the table.
+    pub seq: u32,
+    /// See the table.
+    pub ack: u32,
+    /// See the table.
+    pub window: u16,
+    /// Explicit padding.
+    pub pad1: u16,
+    /// See the table.
+    pub tsval: u32,
+    /// See the table.
+    pub payload: u32,
+    /// `enum skb_drop_reason` of the running kernel, with [`Flags::DROP`].
+    pub reason: u32,
+    /// 64-bit digest of the first up to 32 payload bytes; 0 for TCP and ICMP errors.
+    pub digest: u64,
+}
+
+/// The outermost header of an encapsulated packet.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Outer {
+    /// Outer source address.
+    pub src: [u8; 16],
+    /// Outer destination address.
+    pub dst: [u8; 16],
+    /// [`TunnelKind`]; 0 when the packet is not encapsulated (in [`Full`]).
+    pub kind: u8,
+    /// Outer TTL or hop limit.
+    pub ttl: u8,
+    /// Outer IPv4 identification.
+    pub ip_id: u16,
+    /// VXLAN network identifier, 0 otherwise.
+    pub vni: u32,
+}
+
+/// What a drop or an ICMP error adds.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Tail {
+    /// Kernel address that called `kfree_skb_reason`, with [`Flags::DROP`].
+    pub location: u64,
+    /// Destination address of the quoted packet, with [`Flags::ICMP_ERROR`].
+    pub quoted_dst: [u8; 16],
+}
+
+/// [`Plain`] and the outer header.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Encapsulated {
+    /// The common part; `kind` is [`Kind::Encapsulated`].
+    pub plain: Plain,
+    /// The outer header.
+    pub outer: Outer,
+}
+
+/// [`Encapsulated`] and what a drop or an ICMP error tells.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Full {
+    /// The common part; `kind` is [`Kind::Full`].
+    pub plain: Plain,
+    /// The outer header; all zero when there is none.
+    pub outer: Outer,
+    /// Drop location and quoted destination.
+    pub tail: Tail,
+}
+
+const _: () = {
+    assert!(size_of::<Plain>() == 128);
+    assert!(size_of::<Outer>() == 40);
+    assert!(size_of::<Tail>() == 24);
+    assert!(size_of::<Encapsulated>() == 168);
+    assert!(size_of::<Full>() == 192);
+    assert!(offset_of!(Plain, time) == 8);
+    assert!(offset_of!(Plain, netns) == 32);
+    assert!(offset_of!(Plain, src) == 48);
+    assert!(offset_of!(Plain, sport) == 80);
+    assert!(offset_of!(Plain, ip_id) == 84);
+    assert!(offset_of!(Plain, seq) == 96);
+    assert!(offset_of!(Plain, reason) == 116);
+    assert!(offset_of!(Plain, digest) == 120);
+    assert!(offset_of!(Full, outer) == 128);
+    assert!(offset_of!(Full, tail) == 168);
+};

@@ -1,0 +1,274 @@
+//! What correlation yields: packet traces. Their serde form is the stable `-o json` interface
+//! (`calitrace/schema/calitrace-1.schema.json`): fields only ever get added, unknown is null, never absent.
+
+use std::net::IpAddr;
+
+use serde::{Serialize, Serializer};
+
+use crate::event::{EncapKind, Flow, Netns, Packet};
+
+/// How a packet ended, as far as it was seen. Strongest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// The TTL ran out.
+    Expired,
+    /// A RST or an ICMP unreachable answered it.
+    Rejected,
+    /// The kernel freed it as a drop.
+    Dropped,
+    /// It passed the last egress hook of the interface that owns the destination and no drop followed within 50 ms.
+    Delivered,
+    /// Handed to an uplink, and nobody beyond it is observed.
+    Left,
+    /// It left one observed node and never reached the next, and both ledgers are clean.
+    Lost,
+    /// Still under way when observing ended.
+    Unfinished,
+    /// Records that could tell were lost, or hooks were not attached yet.
+    Unknown,
+}
+
+/// All observations of one packet, in order, and what follows from them.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "type", rename = "packet")]
+pub struct PacketTrace {
+    /// Version of this form.
+    pub version: u32,
+    /// 128 bits made of the packet's key and first time, in hex.
+    #[serde(serialize_with = "hex")]
+    pub id: u128,
+    /// The flow as the sender wrote it.
+    #[serde(serialize_with = "flow")]
+    pub flow: FlowName,
+    /// First observation, RFC 3339 with nanoseconds in UTC.
+    #[serde(serialize_with = "rfc3339")]
+    pub start: u64,
+    /// IP total length at the first observation.
+    pub length: u32,
+    /// How it ended.
+    pub verdict: Verdict,
+    /// Set when the kernel freed it as a drop (verdicts dropped, expired, and rejected where seen).
+    pub drop: Option<DropReport>,
+    /// Who answered, for expired and rejected packets, echo requests and handshakes.
+    pub answer: Option<Answer>,
+    /// Address translations, in order.
+    pub nat: Vec<NatStep>,
+    /// Routers in order, the receiver last: what traceroute prints.
+    pub hops: Vec<Hop>,
+    /// Every sighting, in order of time.
+    pub observations: Vec<Sighting>,
+    /// TTL at the sender, as far as known: the first observation's, plus the routers before it.
+    pub ttl: u8,
+    /// Network namespace of the first observation's node.
+    #[serde(skip)]
+    pub netns: Netns,
+    /// Cluster of the first observation's node.
+    #[serde(skip)]
+    pub cluster: u32,
+    /// First observation, `CLOCK_MONOTONIC`, nanoseconds.
+    #[serde(skip)]
+    pub start_monotonic: u64,
+    /// When the trace was closed, on the observations' own clock, nanoseconds.
+    #[serde(skip)]
+    pub closed_monotonic: u64,
+    /// The packet as first observed.
+    #[serde(skip)]
+    pub packet: Packet,
+}
+
+/// A flow with the names of its ends.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FlowName {
+    /// The flow.
+    pub flow: Flow,
+    /// `namespace/name` of the sending pod.
+    pub src_pod: Option<String>,
+    /// `namespace/name` of the receiving pod; behind a service the pod it was sent on to.
+    pub dst_pod: Option<String>,
+}
+
+/// Where and why the kernel dropped it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DropReport {
+    /// The kernel's reason, `NETFILTER_DROP`.
+    pub reason: Option<String>,
+    /// The kernel function.
+    pub location: Option<String>,
+    /// The node; for a drop inside a pod's own namespace the node of the pod.
+    pub node: Option<String>,
+    /// The interface it was last seen at, or the one the kernel names.
+    pub interface: Option<String>,
+    /// The Calico policy, where known.
+    pub policy: Option<String>,
+}
+
+/// Who answered a packet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Answer {
+    /// What came back.
+    pub kind: AnswerKind,
+    /// Its source address: what traceroute prints.
+    pub address: IpAddr,
+    /// From the packet's first observation to the answer's last at the same interface; null if not seen there.
+    pub rtt_ns: Option<u64>,
+    /// ICMP type and code of an ICMP error, null otherwise.
+    pub icmp: Option<(u8, u8)>,
+}
+
+/// What came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnswerKind {
+    /// ICMP time exceeded.
+    TimeExceeded,
+    /// ICMP unreachable.
+    Unreachable,
+    /// TCP reset.
+    Reset,
+    /// Echo reply.
+    EchoReply,
+    /// TCP SYN+ACK.
+    SynAck,
+}
+
+/// An address translation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct NatStep {
+    /// Which side changed.
+    pub kind: NatKind,
+    /// Where.
+    pub node: Option<String>,
+    /// Before.
+    pub from: Endpoint,
+    /// After.
+    pub to: Endpoint,
+}
+
+/// Which side a translation changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NatKind {
+    /// The destination.
+    Dnat,
+    /// The source.
+    Snat,
+}
+
+/// One end of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Endpoint {
+    /// Address.
+    pub address: IpAddr,
+    /// Port, null without ports.
+    pub port: Option<u16>,
+}
+
+/// How sure a statement is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Certainty {
+    /// Seen.
+    Observed,
+    /// Follows from routes and blocks, not seen.
+    Inferred,
+}
+
+/// A router that decremented the TTL, or the final receiver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Hop {
+    /// Its number, as traceroute counts: 1 is the first router.
+    pub ttl: u8,
+    /// What traceroute prints; null if it is not known here.
+    pub address: Option<IpAddr>,
+    /// The node's name, or its address where only that is known.
+    pub node: Option<String>,
+    /// `namespace/name` of the receiving pod.
+    pub pod: Option<String>,
+    /// First sighting at this hop, nanoseconds after the packet's first observation.
+    pub arrived_ns: Option<u64>,
+    /// When the packet left it (first observation with the TTL lowered), nanoseconds after the first observation; of
+    /// the receiver the egress hook of its interface.
+    pub left_ns: Option<u64>,
+    /// Round trip of a probe that this hop answered.
+    pub rtt_ns: Option<u64>,
+    /// How sure it is.
+    pub certainty: Certainty,
+}
+
+/// An observation as a trace shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Sighting {
+    /// The node's name.
+    pub node: Option<String>,
+    /// Its network namespace.
+    pub netns: Netns,
+    /// Name of the interface.
+    pub interface: Option<String>,
+    /// Name of the hook.
+    pub hook: &'static str,
+    /// `ingress`, `egress`, or null for hooks without a direction.
+    pub direction: Option<&'static str>,
+    /// Nanoseconds after the packet's first observation.
+    pub elapsed_ns: u64,
+    /// TTL or hop limit there.
+    pub ttl: u8,
+    /// IP total length there.
+    pub length: u32,
+    /// Outer header, null where the packet is not encapsulated.
+    pub encap: Option<SightedEncap>,
+}
+
+/// The outer header of a sighting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct SightedEncap {
+    /// How the packet is carried.
+    pub kind: EncapKind,
+    /// Outer source.
+    pub src: IpAddr,
+    /// Outer destination.
+    pub dst: IpAddr,
+    /// Outer TTL.
+    pub ttl: u8,
+    /// VXLAN network identifier, null for others.
+    pub vni: Option<u32>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn hex<S: Serializer>(id: &u128, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{id:032x}"))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn rfc3339<S: Serializer>(start: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(*start);
+    serializer.collect_str(&humantime::format_rfc3339_nanos(time))
+}
+
+fn flow<S: Serializer>(name: &FlowName, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(Serialize)]
+    struct Form<'a> {
+        proto: &'a str,
+        src: IpAddr,
+        src_port: Option<u16>,
+        dst: IpAddr,
+        dst_port: Option<u16>,
+        icmp_id: Option<u16>,
+        src_pod: Option<&'a str>,
+        dst_pod: Option<&'a str>,
+    }
+    let flow = &name.flow;
+    let ports = matches!(flow.proto, 6 | 17 | 132) && (flow.src_port, flow.dst_port) != (0, 0);
+    let echo = matches!(flow.proto, 1 | 58);
+    Form {
+        proto: &crate::event::protocol_name(flow.proto),
+        src: flow.src,
+        src_port: ports.then_some(flow.src_port),
+        dst: flow.dst,
+        dst_port: ports.then_some(flow.dst_port),
+        icmp_id: echo.then_some(flow.src_port),
+        src_pod: name.src_pod.as_deref(),
+        dst_pod: name.dst_pod.as_deref(),
+    }
+    .serialize(serializer)
+}

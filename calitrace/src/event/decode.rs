@@ -1,0 +1,205 @@
+//! From the bytes of a ring record to an [`Observation`].
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use calitrace_ebpf::{Flags, Full, Hook, Kind, Outer, Plain, Tail, TunnelKind};
+
+use super::{Drop, Encap, EncapKind, Observation, Packet, Quoted, QuotedTransport, Transport};
+
+const ICMP: u8 = 1;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+const ICMPV6: u8 = 58;
+
+/// Why a record could not be decoded. Counted in the ledger as dropped in user space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DecodeError {
+    /// Shorter than its kind.
+    Short,
+    /// An unknown kind byte.
+    Kind(u8),
+    /// An unknown hook number.
+    Hook(u8),
+}
+
+impl std::fmt::Display for DecodeError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Short => f.write_str("the record is shorter than its kind"),
+            Self::Kind(kind) => write!(f, "unknown record kind {kind}"),
+            Self::Hook(hook) => write!(f, "unknown hook number {hook}"),
+        }
+    }
+}
+
+impl std::error::Error for DecodeError {}
+
+/// What turns the numbers of a drop into words.
+pub trait DropNames {
+    /// The name of a drop reason, without `SKB_DROP_REASON_`.
+    fn reason(&self, reason: u32) -> Option<String>;
+    /// The function an address lies in.
+    fn symbol(&self, address: u64) -> Option<String>;
+}
+
+/// Decodes one record.
+pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, DecodeError> {
+    let kind = *record.first().ok_or(DecodeError::Short)?;
+    let plain: Plain = read(record, 0)?;
+    let (outer, tail): (Option<Outer>, Option<Tail>) = match kind {
+        k if k == Kind::Plain as u8 => (None, None),
+        k if k == Kind::Encapsulated as u8 => (Some(read(record, size_of::<Plain>())?), None),
+        k if k == Kind::Full as u8 => {
+            let full: Full = read(record, 0)?;
+            (Some(full.outer), Some(full.tail))
+        }
+        other => return Err(DecodeError::Kind(other)),
+    };
+    let hook = Hook::from_number(plain.hook).ok_or(DecodeError::Hook(plain.hook))?;
+    let v6 = plain.flags & Flags::V6 != 0;
+    let drop = tail.filter(|_| plain.flags & Flags::DROP != 0).map(|tail| Drop {
+        reason: names.reason(plain.reason),
+        location: names.symbol(tail.location),
+    });
+    Ok(Observation {
+        time: plain.time,
+        netns: plain.netns,
+        ifindex: plain.ifindex,
+        hook,
+        cpu: plain.cpu,
+        skb: plain.skb,
+        head: plain.head,
+        packet: Packet {
+            src: address(plain.src),
+            dst: address(plain.dst),
+            proto: plain.proto,
+            ttl: plain.ttl,
+            tos: plain.tos,
+            ip_id: plain.ip_id,
+            length: plain.length,
+            dont_fragment: plain.flags & Flags::DF != 0,
+            more_fragments: plain.flags & Flags::MF != 0,
+            fragment_offset: u32::from(plain.frag_off) * 8,
+            transport: transport(&plain, tail.as_ref(), v6),
+            digest: plain.digest,
+            gso_size: plain.gso_size,
+            gso_segs: plain.gso_segs,
+        },
+        encap: outer.and_then(|outer| encap(&outer)),
+        drop,
+    })
+}
+
+fn transport(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
+    if plain.flags & Flags::NO_TRANSPORT != 0 {
+        return Transport::Other;
+    }
+    match plain.proto {
+        TCP => Transport::Tcp {
+            src_port: plain.sport,
+            dst_port: plain.dport,
+            seq: plain.seq,
+            ack: plain.ack,
+            flags: plain.tcp_flags,
+            window: plain.window,
+            tsval: (plain.flags & Flags::TSVAL != 0).then_some(plain.tsval),
+            payload: plain.payload,
+        },
+        UDP => Transport::Udp { src_port: plain.sport, dst_port: plain.dport, payload: plain.payload },
+        ICMP | ICMPV6 => icmp(plain, tail, v6),
+        _ => Transport::Other,
+    }
+}
+
+fn icmp(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
+    let [icmp_type, code] = plain.sport.to_be_bytes();
+    if plain.flags & Flags::ICMP_ERROR != 0
+        && let Some(tail) = tail
+    {
+        return Transport::IcmpError { icmp_type, code, info: plain.tsval, quoted: quoted(plain, tail) };
+    }
+    match echo(v6, icmp_type) {
+        Some(reply) => Transport::Echo { reply, id: high(plain.seq), seq: low(plain.seq) },
+        None => Transport::Icmp { icmp_type, code, info: plain.seq },
+    }
+}
+
+/// Whether an ICMP type is an echo, and if so whether it is the reply.
+fn echo(v6: bool, icmp_type: u8) -> Option<bool> {
+    match (v6, icmp_type) {
+        (false, 8) | (true, 128) => Some(false),
+        (false, 0) | (true, 129) => Some(true),
+        _ => None,
+    }
+}
+
+fn quoted(plain: &Plain, tail: &Tail) -> Quoted {
+    let [proto, ttl] = plain.dport.to_be_bytes();
+    let v6 = plain.flags & Flags::V6 != 0;
+    let transport = match proto {
+        TCP => QuotedTransport::Tcp { src_port: high(plain.seq), dst_port: low(plain.seq), seq: plain.ack },
+        UDP => QuotedTransport::Udp { src_port: high(plain.seq), dst_port: low(plain.seq) },
+        ICMP | ICMPV6 => match echo(v6, u8::try_from(plain.ack >> 8).unwrap_or(u8::MAX)) {
+            Some(reply) => QuotedTransport::Echo { reply, id: high(plain.seq), seq: low(plain.seq) },
+            None => QuotedTransport::Other,
+        },
+        _ => QuotedTransport::Other,
+    };
+    Quoted {
+        src: address(plain.dst),
+        dst: address(tail.quoted_dst),
+        proto,
+        ttl,
+        ip_id: u32::from(plain.window),
+        length: plain.payload,
+        transport,
+    }
+}
+
+fn encap(outer: &Outer) -> Option<Encap> {
+    let kind = match outer.kind {
+        k if k == TunnelKind::Ipip as u8 => EncapKind::Ipip,
+        k if k == TunnelKind::Vxlan as u8 => EncapKind::Vxlan,
+        _ => return None,
+    };
+    Some(Encap {
+        kind,
+        src: address(outer.src),
+        dst: address(outer.dst),
+        ttl: outer.ttl,
+        vni: (kind == EncapKind::Vxlan).then_some(outer.vni),
+    })
+}
+
+fn address(bytes: [u8; 16]) -> IpAddr {
+    let v6 = Ipv6Addr::from(bytes);
+    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), |v4: Ipv4Addr| IpAddr::V4(v4))
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes the upper half")]
+const fn high(word: u32) -> u16 {
+    (word >> 16) as u16
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes the lower half")]
+const fn low(word: u32) -> u16 {
+    word as u16
+}
+
+/// A record type that any bytes make a valid value of.
+///
+/// # Safety
+/// Integers and arrays of them only.
+unsafe trait Record: Copy {}
+// SAFETY: integers and byte arrays only.
+unsafe impl Record for Plain {}
+// SAFETY: integers and byte arrays only.
+unsafe impl Record for Outer {}
+// SAFETY: made of the three others.
+unsafe impl Record for Full {}
+
+fn read<T: Record>(record: &[u8], offset: usize) -> Result<T, DecodeError> {
+    let bytes = record.get(offset..offset + size_of::<T>()).ok_or(DecodeError::Short)?;
+    // SAFETY: the slice is as long as T, any bytes make a T, and the read is unaligned.
+    Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}

@@ -1,0 +1,97 @@
+//! What flows from the sources to the correlator: decoded observations and the facts they are read with.
+//!
+//! The same [`Item`]s, one JSON object a line, are the event log; so whatever a live capture can be turned into, a
+//! file can. Knows the wire format (to decode it) and nothing of how records are made, joined or shown.
+
+mod decode;
+mod fact;
+mod log;
+mod packet;
+
+pub use decode::{DecodeError, DropNames, decode};
+pub use fact::{Attachment, AttachmentState, Clock, Fact, HopAddress, Interface, Node, Pod, Role, Route, RouteKind};
+pub use log::{FORMAT, Header, HookStatus, VERSION};
+pub use packet::{Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, protocol_name};
+
+pub use calitrace_ebpf::{Direction, Hook, Place};
+use serde::{Deserialize, Serialize};
+
+/// Inode number of a network namespace (or its cookie where BTF is missing): the key of a node in every event.
+pub type Netns = u64;
+
+/// One thing that a source hands on, in order of time; as JSON, one line of an event log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Item {
+    /// What is recorded, how and where: always the first item.
+    Header(Header),
+    /// One packet seen once at one hook.
+    Observation(Observation),
+    /// Something known from its time on.
+    Fact(Fact),
+    /// Nothing older than `time` (`CLOCK_MONOTONIC`, ns) will follow.
+    Tick {
+        /// `CLOCK_MONOTONIC`, nanoseconds.
+        time: u64,
+    },
+    /// The loss ledger so far.
+    Ledger(Ledger),
+    /// Observing ended in order: always the last item. A log without it was cut off.
+    End {
+        /// `CLOCK_MONOTONIC`, nanoseconds.
+        time: u64,
+    },
+}
+
+/// Counts of what was seen, recorded, filtered, sampled away and lost, per hook and node.
+///
+/// For each row `seen = non_ip + out_of_scope + filtered + sampled_away + over_budget + ring_refused + recorded` and
+/// `recorded = decoded + user_dropped`. Both hold exactly when `exact` is true: hooks detached, ring drained.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ledger {
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub time: u64,
+    /// The hooks are detached and the ring is drained: the sums hold to the packet.
+    pub exact: bool,
+    /// One row for each hook and node.
+    pub rows: Vec<LedgerRow>,
+}
+
+/// The counts of one hook on one node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LedgerRow {
+    /// The node's name; null for drops in namespaces that are no node's.
+    pub node: Option<String>,
+    /// The node's namespace; null as above.
+    pub netns: Option<Netns>,
+    /// Name of the hook.
+    pub hook: String,
+    /// Times the program ran.
+    pub seen: u64,
+    /// Not IP.
+    pub non_ip: u64,
+    /// No address of a pod, block or service.
+    pub out_of_scope: u64,
+    /// Left out by a filter in the kernel.
+    pub filtered: u64,
+    /// Left out by sampling.
+    pub sampled_away: u64,
+    /// Left out by the budget that protects the node.
+    pub over_budget: u64,
+    /// Refused by the full ring: lost.
+    pub ring_refused: u64,
+    /// Records made.
+    pub recorded: u64,
+    /// Records decoded in user space.
+    pub decoded: u64,
+    /// Records that user space could not keep: lost.
+    pub user_dropped: u64,
+}
+
+impl Ledger {
+    /// Records lost in the kernel or in user space.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        self.rows.iter().map(|row| row.ring_refused + row.user_dropped).sum()
+    }
+}

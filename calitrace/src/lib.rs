@@ -1,0 +1,18 @@
+//! calitrace: an eBPF packet tracer for Calico.
+//!
+//! Data flows one way, and each room knows only the rooms to its left:
+//!
+//! ```text
+//! kernel → source → correlate (pure) → sink
+//!            ↑ facts from calico (names, tunnels, blocks) and route (links, addresses, hop addresses)
+//! ```
+
+pub mod calico;
+pub mod cli;
+pub mod correlate;
+pub mod event;
+pub mod kernel;
+pub mod netns;
+pub mod route;
+pub mod sink;
+pub mod source;

@@ -1,0 +1,3 @@
+//! The `calitrace` command.
+
+fn main() {}
