@@ -5,8 +5,8 @@
 mod trace;
 
 pub use trace::{
-    Answer, AnswerKind, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep, PacketTrace, SightedEncap,
-    Sighting, Verdict,
+    Answer, AnswerKind, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep, PacketTrace,
+    SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::Item;

@@ -105,7 +105,11 @@ fn transport(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
             tsval: (plain.flags & Flags::TSVAL != 0).then_some(plain.tsval),
             payload: plain.payload,
         },
-        UDP => Transport::Udp { src_port: plain.sport, dst_port: plain.dport, payload: plain.payload },
+        UDP => Transport::Udp {
+            src_port: plain.sport,
+            dst_port: plain.dport,
+            payload: plain.payload,
+        },
         ICMP | ICMPV6 => icmp(plain, tail, v6),
         _ => Transport::Other,
     }
@@ -116,11 +120,24 @@ fn icmp(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
     if plain.flags & Flags::ICMP_ERROR != 0
         && let Some(tail) = tail
     {
-        return Transport::IcmpError { icmp_type, code, info: plain.tsval, quoted: quoted(plain, tail) };
+        return Transport::IcmpError {
+            icmp_type,
+            code,
+            info: plain.tsval,
+            quoted: quoted(plain, tail),
+        };
     }
     match echo(v6, icmp_type) {
-        Some(reply) => Transport::Echo { reply, id: high(plain.seq), seq: low(plain.seq) },
-        None => Transport::Icmp { icmp_type, code, info: plain.seq },
+        Some(reply) => Transport::Echo {
+            reply,
+            id: high(plain.seq),
+            seq: low(plain.seq),
+        },
+        None => Transport::Icmp {
+            icmp_type,
+            code,
+            info: plain.seq,
+        },
     }
 }
 
@@ -137,10 +154,21 @@ fn quoted(plain: &Plain, tail: &Tail) -> Quoted {
     let [proto, ttl] = plain.dport.to_be_bytes();
     let v6 = plain.flags & Flags::V6 != 0;
     let transport = match proto {
-        TCP => QuotedTransport::Tcp { src_port: high(plain.seq), dst_port: low(plain.seq), seq: plain.ack },
-        UDP => QuotedTransport::Udp { src_port: high(plain.seq), dst_port: low(plain.seq) },
+        TCP => QuotedTransport::Tcp {
+            src_port: high(plain.seq),
+            dst_port: low(plain.seq),
+            seq: plain.ack,
+        },
+        UDP => QuotedTransport::Udp {
+            src_port: high(plain.seq),
+            dst_port: low(plain.seq),
+        },
         ICMP | ICMPV6 => match echo(v6, u8::try_from(plain.ack >> 8).unwrap_or(u8::MAX)) {
-            Some(reply) => QuotedTransport::Echo { reply, id: high(plain.seq), seq: low(plain.seq) },
+            Some(reply) => QuotedTransport::Echo {
+                reply,
+                id: high(plain.seq),
+                seq: low(plain.seq),
+            },
             None => QuotedTransport::Other,
         },
         _ => QuotedTransport::Other,
@@ -173,7 +201,8 @@ fn encap(outer: &Outer) -> Option<Encap> {
 
 fn address(bytes: [u8; 16]) -> IpAddr {
     let v6 = Ipv6Addr::from(bytes);
-    v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), |v4: Ipv4Addr| IpAddr::V4(v4))
+    v6.to_ipv4_mapped()
+        .map_or(IpAddr::V6(v6), |v4: Ipv4Addr| IpAddr::V4(v4))
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "takes the upper half")]
@@ -199,7 +228,9 @@ unsafe impl Record for Outer {}
 unsafe impl Record for Full {}
 
 fn read<T: Record>(record: &[u8], offset: usize) -> Result<T, DecodeError> {
-    let bytes = record.get(offset..offset + size_of::<T>()).ok_or(DecodeError::Short)?;
+    let bytes = record
+        .get(offset..offset + size_of::<T>())
+        .ok_or(DecodeError::Short)?;
     // SAFETY: the slice is as long as T, any bytes make a T, and the read is unaligned.
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }

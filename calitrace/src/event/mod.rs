@@ -9,9 +9,13 @@ mod log;
 mod packet;
 
 pub use decode::{DecodeError, DropNames, decode};
-pub use fact::{Attachment, AttachmentState, Clock, Fact, HopAddress, Interface, Node, Pod, Role, Route, RouteKind};
+pub use fact::{
+    Attachment, AttachmentState, Clock, Fact, HopAddress, Interface, Node, Pod, Role, Route, RouteKind,
+};
 pub use log::{FORMAT, Header, HookStatus, VERSION};
-pub use packet::{Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, protocol_name};
+pub use packet::{
+    Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, protocol_name,
+};
 
 pub use calitrace_ebpf::{Direction, Hook, Place};
 use serde::{Deserialize, Serialize};
@@ -92,6 +96,9 @@ impl Ledger {
     /// Records lost in the kernel or in user space.
     #[must_use]
     pub fn lost(&self) -> u64 {
-        self.rows.iter().map(|row| row.ring_refused + row.user_dropped).sum()
+        self.rows
+            .iter()
+            .map(|row| row.ring_refused + row.user_dropped)
+            .sum()
     }
 }

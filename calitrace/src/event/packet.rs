@@ -250,13 +250,22 @@ impl Packet {
     #[must_use]
     pub fn flow(&self) -> Flow {
         let (src_port, dst_port) = match self.transport {
-            Transport::Tcp { src_port, dst_port, .. } | Transport::Udp { src_port, dst_port, .. } => {
-                (src_port, dst_port)
+            Transport::Tcp {
+                src_port, dst_port, ..
             }
+            | Transport::Udp {
+                src_port, dst_port, ..
+            } => (src_port, dst_port),
             Transport::Echo { id, .. } => (id, 0),
             _ => (0, 0),
         };
-        Flow { proto: self.proto, src: self.src, dst: self.dst, src_port, dst_port }
+        Flow {
+            proto: self.proto,
+            src: self.src,
+            dst: self.dst,
+            src_port,
+            dst_port,
+        }
     }
 }
 

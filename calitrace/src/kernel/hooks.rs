@@ -134,7 +134,11 @@ mod tests {
     #[test]
     fn felix_would_delete_no_program_of_ours() {
         for row in TABLE {
-            assert!(!row.program.contains("calico") && !row.program.starts_with("cali_"), "{}", row.program);
+            assert!(
+                !row.program.contains("calico") && !row.program.starts_with("cali_"),
+                "{}",
+                row.program
+            );
         }
     }
 }

@@ -26,7 +26,10 @@ impl Handle {
             .metadata()
             .with_context(|| format!("read the inode of the network namespace {}", path.display()))?
             .ino();
-        Ok(Self { file: Arc::new(file), inode })
+        Ok(Self {
+            file: Arc::new(file),
+            inode,
+        })
     }
 
     /// Its inode number, by which events name it.
