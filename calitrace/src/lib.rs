@@ -10,9 +10,12 @@
 pub mod calico;
 pub mod cli;
 pub mod correlate;
+pub mod error;
 pub mod event;
+pub mod filter;
 pub mod kernel;
 pub mod netns;
+pub mod pipeline;
 pub mod route;
 pub mod sink;
 pub mod source;

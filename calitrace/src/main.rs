@@ -1,3 +1,12 @@
 //! The `calitrace` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+use calitrace::cli;
+
+fn main() -> ExitCode {
+    match cli::run(std::env::args_os()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => cli::exit::report(&error),
+    }
+}

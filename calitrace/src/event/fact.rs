@@ -44,6 +44,37 @@ pub enum Fact {
     Attachment(Attachment),
 }
 
+impl Fact {
+    /// From when on it holds (`CLOCK_MONOTONIC`, ns).
+    #[must_use]
+    pub fn time(&self) -> u64 {
+        match self {
+            Self::Node(Node { time, .. })
+            | Self::Interface(Interface { time, .. })
+            | Self::Pod(Pod { time, .. })
+            | Self::Routes { time, .. }
+            | Self::HopAddress(HopAddress { time, .. })
+            | Self::Services { time, .. }
+            | Self::Clock(Clock { time, .. })
+            | Self::Attachment(Attachment { time, .. }) => *time,
+        }
+    }
+
+    /// Its time, to be changed.
+    pub fn time_mut(&mut self) -> &mut u64 {
+        match self {
+            Self::Node(Node { time, .. })
+            | Self::Interface(Interface { time, .. })
+            | Self::Pod(Pod { time, .. })
+            | Self::Routes { time, .. }
+            | Self::HopAddress(HopAddress { time, .. })
+            | Self::Services { time, .. }
+            | Self::Clock(Clock { time, .. })
+            | Self::Attachment(Attachment { time, .. }) => time,
+        }
+    }
+}
+
 /// A node: one network namespace that routes for pods.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Node {

@@ -12,9 +12,10 @@ pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{
     Attachment, AttachmentState, Clock, Fact, HopAddress, Interface, Node, Pod, Role, Route, RouteKind,
 };
-pub use log::{FORMAT, Header, HookStatus, VERSION};
+pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
-    Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, protocol_name,
+    Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, has_ports,
+    protocol_name,
 };
 
 pub use calitrace_ebpf::{Direction, Hook, Place};
@@ -45,6 +46,31 @@ pub enum Item {
         /// `CLOCK_MONOTONIC`, nanoseconds.
         time: u64,
     },
+}
+
+impl Item {
+    /// Its time (`CLOCK_MONOTONIC`, ns); a header has none.
+    #[must_use]
+    pub fn time(&self) -> Option<u64> {
+        match self {
+            Self::Header(_) => None,
+            Self::Observation(observation) => Some(observation.time),
+            Self::Fact(fact) => Some(fact.time()),
+            Self::Ledger(ledger) => Some(ledger.time),
+            Self::Tick { time } | Self::End { time } => Some(*time),
+        }
+    }
+
+    /// Its time, to be changed.
+    pub fn time_mut(&mut self) -> Option<&mut u64> {
+        match self {
+            Self::Header(_) => None,
+            Self::Observation(observation) => Some(&mut observation.time),
+            Self::Fact(fact) => Some(fact.time_mut()),
+            Self::Ledger(ledger) => Some(&mut ledger.time),
+            Self::Tick { time } | Self::End { time } => Some(time),
+        }
+    }
 }
 
 /// Counts of what was seen, recorded, filtered, sampled away and lost, per hook and node.

@@ -282,6 +282,12 @@ pub fn protocol_name(proto: u8) -> std::borrow::Cow<'static, str> {
     }
 }
 
+/// Whether a protocol has ports: TCP, UDP and SCTP.
+#[must_use]
+pub const fn has_ports(proto: u8) -> bool {
+    matches!(proto, 6 | 17 | 132)
+}
+
 fn is_zero<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }

@@ -1,1 +1,3 @@
-//! source
+//! Where items come from: the kernel, or event logs.
+
+pub mod file;

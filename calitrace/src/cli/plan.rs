@@ -1,0 +1,113 @@
+//! What is to be done, validated: all that the rest of the program learns of the command line.
+
+use std::{num::NonZeroU64, path::PathBuf, time::Duration};
+
+use ipnet::IpNet;
+
+use crate::{
+    filter::Filter,
+    sink::{FileFormat, Format},
+};
+
+/// A command with all it needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// What to do.
+    pub command: Command,
+    /// How much to log on standard error: 0 warnings, 1 information, 2 and above the kernel side's debug logs too.
+    pub verbose: u8,
+}
+
+/// What to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Trace live traffic.
+    Watch(Watch),
+    /// Trace what event logs hold.
+    Read(Read),
+    /// Show the nodes of this machine.
+    Topology(Topology),
+    /// Show what works on this machine.
+    Doctor(Doctor),
+}
+
+/// Trace live traffic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// Where to trace.
+    pub nodes: Nodes,
+    /// What is shown, and how.
+    pub view: View,
+    /// Stop after this time.
+    pub duration: Option<Duration>,
+    /// Wait for Calico nodes where there are none yet.
+    pub wait: bool,
+    /// BTF of the running kernel, instead of `/sys/kernel/btf/vmlinux`.
+    pub btf: Option<PathBuf>,
+    /// Size of the ring buffer in bytes, a power of two.
+    pub ring_size: u32,
+    /// UDP port by which VXLAN is recognised.
+    pub vxlan_port: u16,
+}
+
+/// Trace what event logs hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Read {
+    /// The logs, merged in order of time.
+    pub files: Vec<PathBuf>,
+    /// What is shown, and how.
+    pub view: View,
+}
+
+/// Show the nodes of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// Which nodes.
+    pub nodes: Nodes,
+    /// As JSON.
+    pub json: bool,
+}
+
+/// Show what works on this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Doctor {
+    /// Which nodes.
+    pub nodes: Nodes,
+    /// BTF of the running kernel, instead of `/sys/kernel/btf/vmlinux`.
+    pub btf: Option<PathBuf>,
+}
+
+/// Which namespaces are nodes, and which of them count.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nodes {
+    /// Only these network namespaces: names, inode numbers or paths; all without.
+    pub netns: Vec<String>,
+    /// Only nodes with these names; all without.
+    pub names: Vec<String>,
+    /// Prefixes of service addresses; found out without.
+    pub service_cidrs: Vec<IpNet>,
+    /// What names of workload interfaces begin with.
+    pub interface_prefixes: Vec<String>,
+}
+
+/// What is shown, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct View {
+    /// Which packet traces.
+    pub filter: Filter,
+    /// Their form on standard output.
+    pub format: Format,
+    /// Files written beside it.
+    pub files: Vec<OutputFile>,
+    /// Stop after so many packet traces.
+    pub count: Option<NonZeroU64>,
+}
+
+/// A file to write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OutputFile {
+    /// Its path.
+    pub path: PathBuf,
+    /// What is written, as its ending says.
+    pub format: FileFormat,
+}

@@ -1,0 +1,200 @@
+//! Which packet traces are shown: a pure predicate. Knows traces, not how the filter was typed or where traces go.
+//!
+//! All conditions must hold. Addresses and ports match in both forms of a translated packet, so that a service and the
+//! pod behind it name the same packets.
+
+use std::{fmt, net::IpAddr, str::FromStr};
+
+use ipnet::IpNet;
+
+use crate::correlate::{Endpoint, NatKind, PacketTrace, Verdict};
+
+/// The conditions; those left out hold for every packet.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// One end is this pod.
+    pub pods: Vec<PodName>,
+    /// The sender.
+    pub from: Option<End>,
+    /// The receiver.
+    pub to: Option<End>,
+    /// IANA protocol number.
+    pub protocol: Option<Protocol>,
+    /// One end has this port.
+    pub port: Option<u16>,
+    /// It passed the interface with this name.
+    pub interface: Option<String>,
+    /// It was dropped.
+    pub dropped: bool,
+}
+
+/// `namespace/name` of a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodName(String);
+
+/// One end of a flow as a user names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A pod.
+    Pod(PodName),
+    /// An address or a prefix.
+    Net(IpNet),
+}
+
+/// An IANA protocol number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Protocol(pub u8);
+
+impl Filter {
+    /// Whether a packet trace is shown.
+    #[must_use]
+    pub fn matches(&self, trace: &PacketTrace) -> bool {
+        let flow = &trace.flow.flow;
+        let either_pod = |name: &PodName| {
+            is_pod(trace.flow.src_pod.as_ref(), name) || is_pod(trace.flow.dst_pod.as_ref(), name)
+        };
+        (self.pods.is_empty() || self.pods.iter().any(either_pod))
+            && self.from.as_ref().is_none_or(|end| sender(trace, end))
+            && self.to.as_ref().is_none_or(|end| receiver(trace, end))
+            && self.protocol.is_none_or(|protocol| protocol.0 == flow.proto)
+            && self.port.is_none_or(|port| has_port(trace, port))
+            && self.interface.as_ref().is_none_or(|name| passed(trace, name))
+            && (!self.dropped || trace.verdict == Verdict::Dropped)
+    }
+}
+
+fn sender(trace: &PacketTrace, end: &End) -> bool {
+    match end {
+        End::Pod(name) => is_pod(trace.flow.src_pod.as_ref(), name),
+        End::Net(net) => {
+            net.contains(&trace.flow.flow.src)
+                || translated(trace, NatKind::Snat).any(|end| net.contains(&end.address))
+        }
+    }
+}
+
+fn receiver(trace: &PacketTrace, end: &End) -> bool {
+    match end {
+        End::Pod(name) => is_pod(trace.flow.dst_pod.as_ref(), name),
+        End::Net(net) => {
+            net.contains(&trace.flow.flow.dst)
+                || translated(trace, NatKind::Dnat).any(|end| net.contains(&end.address))
+        }
+    }
+}
+
+fn has_port(trace: &PacketTrace, port: u16) -> bool {
+    let flow = &trace.flow.flow;
+    let ports = crate::event::has_ports(flow.proto);
+    ports
+        && (flow.src_port == port
+            || flow.dst_port == port
+            || [NatKind::Snat, NatKind::Dnat]
+                .iter()
+                .any(|kind| translated(trace, *kind).any(|end| end.port == Some(port))))
+}
+
+fn passed(trace: &PacketTrace, interface: &str) -> bool {
+    trace
+        .observations
+        .iter()
+        .any(|sighting| sighting.interface.as_deref() == Some(interface))
+        || trace
+            .drop
+            .as_ref()
+            .is_some_and(|drop| drop.interface.as_deref() == Some(interface))
+}
+
+/// The ends that translations of one kind left behind and made.
+fn translated(trace: &PacketTrace, kind: NatKind) -> impl Iterator<Item = Endpoint> + '_ {
+    trace
+        .nat
+        .iter()
+        .filter(move |step| step.kind == kind)
+        .flat_map(|step| [step.from, step.to])
+}
+
+fn is_pod(pod: Option<&String>, name: &PodName) -> bool {
+    pod == Some(&name.0)
+}
+
+impl FromStr for PodName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('/') {
+            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                Ok(Self(text.to_owned()))
+            }
+            _ => Err("a pod is named NAMESPACE/NAME, for example default/web-0".into()),
+        }
+    }
+}
+
+impl FromStr for End {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse::<IpAddr>() {
+            return Ok(Self::Net(address.into()));
+        }
+        if let Ok(net) = text.parse::<IpNet>() {
+            return Ok(Self::Net(net.trunc()));
+        }
+        if let Ok(pod) = text.parse() {
+            return Ok(Self::Pod(pod));
+        }
+        Err("expected a pod (NAMESPACE/NAME), an address or a prefix (10.244.0.0/16)".into())
+    }
+}
+
+impl FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "icmp" => Ok(Self(1)),
+            "tcp" => Ok(Self(6)),
+            "udp" => Ok(Self(17)),
+            "icmpv6" => Ok(Self(58)),
+            "sctp" => Ok(Self(132)),
+            number => match number.parse() {
+                Ok(number) => Ok(Self(number)),
+                Err(_) => Err("expected tcp, udp, icmp, icmpv6, sctp or a number up to 255".into()),
+            },
+        }
+    }
+}
+
+impl fmt::Display for PodName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(name) => name.fmt(f),
+            Self::Net(net) if net.prefix_len() == net.max_prefix_len() => net.addr().fmt(f),
+            Self::Net(net) => net.fmt(f),
+        }
+    }
+}
+
+/// The filter as one would type it; empty without conditions.
+impl fmt::Display for Filter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut words: Vec<String> = self.pods.iter().map(|pod| format!("--pod {pod}")).collect();
+        words.extend(self.from.as_ref().map(|end| format!("--from {end}")));
+        words.extend(self.to.as_ref().map(|end| format!("--to {end}")));
+        words.extend(
+            self.protocol
+                .map(|protocol| format!("--proto {}", crate::event::protocol_name(protocol.0))),
+        );
+        words.extend(self.port.map(|port| format!("--port {port}")));
+        words.extend(self.interface.as_ref().map(|name| format!("--interface {name}")));
+        words.extend(self.dropped.then(|| "--dropped".to_owned()));
+        f.write_str(&words.join(" "))
+    }
+}

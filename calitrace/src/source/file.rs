@@ -1,0 +1,208 @@
+//! Event logs as a source: one, or several merged in order of time.
+//!
+//! Knows files and their clocks, nothing of what items are for. Within a file the order stays as it is (facts before
+//! their first use); between files the item with the lowest time comes first. Files of other machines (of another boot
+//! id) are moved to the first file's clock by the clock facts of both.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::event::{Fact, Header, Item, Ledger, LogReader};
+
+/// Event logs, read together.
+#[derive(Debug)]
+pub struct Files {
+    files: Vec<Log>,
+    header: Option<Header>,
+}
+
+/// One of them.
+#[derive(Debug)]
+struct Log {
+    reader: LogReader<BufReader<File>>,
+    header: Header,
+    /// What was read ahead.
+    ahead: VecDeque<Item>,
+    /// What its times need to be on the first file's clock.
+    shift: i128,
+    /// Highest time handed on: a file's place in the order never goes back.
+    time: u64,
+    /// Its latest ledger.
+    ledger: Option<Ledger>,
+    /// Its end line.
+    end: Option<u64>,
+}
+
+impl Files {
+    /// Opens the logs at `paths`.
+    pub fn open(paths: &[PathBuf]) -> Result<Self> {
+        let mut files = paths
+            .iter()
+            .map(|path| Log::open(path))
+            .collect::<Result<Vec<Log>>>()?;
+        if let Some((first, others)) = files.split_first_mut() {
+            let boot_id = first.header.boot_id.clone();
+            if others.iter().any(|other| other.header.boot_id != boot_id) {
+                let clock = first.clock()?;
+                for other in others.iter_mut().filter(|other| other.header.boot_id != boot_id) {
+                    other.shift = clock - other.clock()?;
+                }
+            }
+        }
+        let header = files.first().map(|first| {
+            let mut header = first.header.clone();
+            header.drain_period = files
+                .iter()
+                .map(|file| file.header.drain_period)
+                .max()
+                .unwrap_or_default();
+            header
+        });
+        Ok(Self { files, header })
+    }
+
+    /// A sentence for each file that was cut off.
+    pub fn cuts(&self) -> impl Iterator<Item = String> + '_ {
+        self.files.iter().filter_map(|file| file.reader.cut())
+    }
+
+    fn next_item(&mut self) -> Result<Option<Item>> {
+        if let Some(header) = self.header.take() {
+            return Ok(Some(Item::Header(header)));
+        }
+        loop {
+            let mut earliest: Option<(u64, usize)> = None;
+            for (index, file) in self.files.iter_mut().enumerate() {
+                if let Some(time) = file.peek()? {
+                    earliest = Some(earliest.map_or((time, index), |earliest| earliest.min((time, index))));
+                }
+            }
+            let Some((_, index)) = earliest else {
+                return Ok(self.end());
+            };
+            let alone = self.files.len() == 1;
+            let drain_period = self.files[index].header.drain_period;
+            match self.files[index].pop() {
+                Some(Item::End { time }) => self.files[index].end = Some(time),
+                Some(Item::Ledger(ledger)) => {
+                    self.files[index].ledger = Some(ledger);
+                    return Ok(self.ledger(index).map(Item::Ledger));
+                }
+                // One file's promise says nothing of what the others may hand on late.
+                Some(Item::Tick { time }) if !alone => {
+                    return Ok(Some(Item::Tick {
+                        time: time.saturating_sub(drain_period),
+                    }));
+                }
+                Some(Item::Header(_)) | None => {}
+                Some(item) => return Ok(Some(item)),
+            }
+        }
+    }
+
+    /// The rows of all files, at the time of the ledger that came last. Exact when all are.
+    fn ledger(&self, latest: usize) -> Option<Ledger> {
+        Some(Ledger {
+            time: self.files[latest].ledger.as_ref()?.time,
+            exact: self
+                .files
+                .iter()
+                .all(|file| file.ledger.as_ref().is_some_and(|ledger| ledger.exact)),
+            rows: self
+                .files
+                .iter()
+                .filter_map(|file| file.ledger.as_ref())
+                .flat_map(|ledger| ledger.rows.clone())
+                .collect(),
+        })
+    }
+
+    /// One end line when every file had one, and only once.
+    fn end(&mut self) -> Option<Item> {
+        let ends: Option<Vec<u64>> = self.files.iter_mut().map(|file| file.end.take()).collect();
+        ends?.into_iter().max().map(|time| Item::End { time })
+    }
+}
+
+impl Iterator for Files {
+    type Item = Result<Item>;
+
+    fn next(&mut self) -> Option<Result<Item>> {
+        self.next_item().transpose()
+    }
+}
+
+impl Log {
+    fn open(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let file = File::open(path).with_context(|| format!("open the event log {name}"))?;
+        let mut reader = LogReader::new(BufReader::with_capacity(256 << 10, file), name)?;
+        let Some(Item::Header(header)) = reader.next().transpose()? else {
+            anyhow::bail!("{} has no header", path.display());
+        };
+        Ok(Self {
+            reader,
+            header,
+            ahead: VecDeque::new(),
+            shift: 0,
+            time: 0,
+            ledger: None,
+            end: None,
+        })
+    }
+
+    /// Realtime minus monotonic time, by the first clock fact; it stands before the first observation.
+    fn clock(&mut self) -> Result<i128> {
+        let is_clock = |item: &Item| match item {
+            Item::Fact(Fact::Clock(clock)) => Some(i128::from(clock.realtime) - i128::from(clock.time)),
+            _ => None,
+        };
+        if let Some(clock) = self.ahead.iter().find_map(is_clock) {
+            return Ok(clock);
+        }
+        while !matches!(self.ahead.back(), Some(Item::Observation(_)))
+            && let Some(item) = self.reader.next().transpose()?
+        {
+            let clock = is_clock(&item);
+            self.ahead.push_back(item);
+            if let Some(clock) = clock {
+                return Ok(clock);
+            }
+        }
+        anyhow::bail!(
+            "{} was written on another machine and says nothing of its clock: it cannot be merged",
+            self.reader.name()
+        )
+    }
+
+    /// Its place in the order; none when it has ended.
+    fn peek(&mut self) -> Result<Option<u64>> {
+        if self.ahead.is_empty() {
+            self.ahead.extend(self.reader.next().transpose()?);
+        }
+        let Some(item) = self.ahead.front() else {
+            return Ok(None);
+        };
+        let time = item.time().map_or(0, |time| shifted(time, self.shift));
+        self.time = self.time.max(time);
+        Ok(Some(self.time))
+    }
+
+    fn pop(&mut self) -> Option<Item> {
+        let mut item = self.ahead.pop_front()?;
+        if let Some(time) = item.time_mut() {
+            *time = shifted(*time, self.shift);
+        }
+        Some(item)
+    }
+}
+
+fn shifted(time: u64, shift: i128) -> u64 {
+    u64::try_from((i128::from(time) + shift).max(0)).unwrap_or(u64::MAX)
+}
