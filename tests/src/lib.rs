@@ -1,1 +1,18 @@
-//! The lab.
+//! The lab: two Calico nodes in network namespaces of this machine, and the traffic that runs in them.
+//!
+//! This library builds, changes and removes the lab and tells what is there; it knows nothing of
+//! calitrace itself, so that what it says about a packet's way is said by the kernel, by `ip`, by
+//! `traceroute` or by a socket, never by the program under test.
+//!
+//! Everything lives in namespaces of its own: the machine's own interfaces, routes and rules are never
+//! touched, and several labs with the same addresses can be up at once.
+
+pub mod command;
+pub mod inventory;
+pub mod lab;
+pub mod namespace;
+pub mod traffic;
+pub mod wait;
+
+pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
+pub use wait::wait_until;

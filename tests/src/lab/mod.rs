@@ -1,0 +1,442 @@
+//! The lab: building it, changing it, running things in it, taking it down.
+
+mod ipip;
+pub mod netfilter;
+pub mod plan;
+mod registry;
+mod root;
+mod wiring;
+
+use std::ffi::OsStr;
+use std::fs::{DirBuilder, File};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::fcntl::Flock;
+
+use crate::command::{self, Running};
+use crate::namespace::Namespace;
+pub use ipip::Unsupported;
+use netfilter::{Policy, Rules};
+pub use plan::{DeviceOrder, Encapsulation, Node, Options, Pod};
+pub use registry::{Record, sweep};
+
+/// The name of the lab's part that connects the nodes and stands for the world outside.
+pub const UNDERLAY: &str = "underlay";
+
+/// Two Calico nodes with two pods each, taken down when dropped.
+///
+/// Its parts are called `minikube` and `minikube-m02` (the nodes), `pod1` to `pod4` and those added later,
+/// and `underlay`.
+#[derive(Debug)]
+pub struct Lab {
+    id: String,
+    options: Options,
+    folder: PathBuf,
+    kept: bool,
+    holders: Vec<Child>,
+    state: Mutex<State>,
+    /// Held for its effect on [`sweep`].
+    _lock: Flock<File>,
+}
+
+/// What can change while the lab is up.
+#[derive(Debug)]
+struct State {
+    nodes: [Node; 2],
+    pods: Vec<(Pod, Policy)>,
+    block_time_exceeded: bool,
+}
+
+impl Lab {
+    /// Builds a lab of this process's own, in about a second or two. What ended processes left behind is
+    /// swept first.
+    pub fn up(options: &Options) -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self::build(&format!("{}n{count}", std::process::id()), options, false)
+    }
+
+    /// Builds a lab that stays until [`remove`](Self::remove) takes it down; `id` is part of its names.
+    pub fn up_to_stay(id: &str, options: &Options) -> Result<Self> {
+        Self::build(id, options, true)
+    }
+
+    /// Takes down the lab with this id, whoever built it. Returns whether there was one.
+    pub fn remove(id: &str) -> Result<bool> {
+        if Record::read(id)?.is_none() {
+            return Ok(false);
+        }
+        let lock = registry::lock(id)?.with_context(|| format!("lab {id} is in use by another process"))?;
+        registry::remove(id)?;
+        drop(lock);
+        Ok(true)
+    }
+
+    /// Takes this lab down, kept or not, and tells what went wrong.
+    pub fn down(mut self) -> Result<()> {
+        self.kept = true;
+        self.tear_down()
+    }
+
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// How it was built.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Both nodes as they are now.
+    pub fn nodes(&self) -> [Node; 2] {
+        self.state().nodes.clone()
+    }
+
+    /// The node with this name.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        Ok(self.state().nodes[self.node_index(name)?].clone())
+    }
+
+    /// All pods there are now.
+    pub fn pods(&self) -> Vec<Pod> {
+        self.state().pods.iter().map(|(pod, _)| pod.clone()).collect()
+    }
+
+    /// The pod the lab calls so.
+    pub fn pod(&self, id: &str) -> Result<Pod> {
+        let state = self.state();
+        let found = state.pods.iter().find(|(pod, _)| pod.id == id);
+        Ok(found
+            .with_context(|| format!("lab {} has no pod {id}", self.id))?
+            .0
+            .clone())
+    }
+
+    /// The namespace of a part of the lab.
+    pub fn namespace(&self, part: &str) -> Result<Namespace> {
+        Namespace::open(&plan::namespace_name(&self.id, part))
+    }
+
+    /// The names under `/run/netns` of all of its namespaces.
+    pub fn namespaces(&self) -> Result<Vec<String>> {
+        Namespace::named(&plan::namespace_prefix(&self.id))
+    }
+
+    /// The root folder of a node, which `/proc/PID/root` of the node's process leads to.
+    pub fn root(&self, node: &str) -> PathBuf {
+        self.folder.join(node)
+    }
+
+    /// A command, the program first, that will run in a part of the lab.
+    pub fn exec<S: AsRef<OsStr>>(&self, part: &str, words: impl IntoIterator<Item = S>) -> Result<Command> {
+        let mut words = words.into_iter();
+        let program = words.next().context("no command to run was given")?;
+        let mut command = self.namespace(part)?.command(program);
+        command.args(words);
+        Ok(command)
+    }
+
+    /// Starts a command in a part of the lab; it is killed when dropped.
+    pub fn spawn<S: AsRef<OsStr>>(&self, part: &str, words: impl IntoIterator<Item = S>) -> Result<Running> {
+        Running::start(&mut self.exec(part, words)?)
+    }
+
+    /// Sets what the ingress policies of a pod say.
+    pub fn set_policy(&self, pod: &str, policy: Policy) -> Result<()> {
+        let mut state = self.state();
+        let (found, current) = state
+            .pods
+            .iter_mut()
+            .find(|(candidate, _)| candidate.id == pod)
+            .with_context(|| format!("lab {} has no pod {pod}", self.id))?;
+        *current = policy;
+        let node = found.node.clone();
+        self.load_rules(&state, self.node_index(&node)?)
+    }
+
+    /// Makes both nodes drop ICMP time exceeded, their own and the other's, so that nothing of the lab can
+    /// learn a hop from it; or lifts that.
+    pub fn block_time_exceeded(&self, block: bool) -> Result<()> {
+        let mut state = self.state();
+        state.block_time_exceeded = block;
+        self.load_rules(&state, 0)?;
+        self.load_rules(&state, 1)
+    }
+
+    /// Gives a node's tunnel device another address and its peer the way to it.
+    pub fn set_tunnel_address(&self, node: &str, address: Ipv4Addr) -> Result<()> {
+        let encapsulation = self.options.encapsulation;
+        let device = encapsulation
+            .device()
+            .context("a lab without encapsulation has no tunnel device")?;
+        let index = self.node_index(node)?;
+        let mut state = self.state();
+        let old = state.nodes[index].tunnel_address;
+        if old == address {
+            return Ok(());
+        }
+        state.nodes[index].tunnel_address = address;
+        self.namespace(node)?
+            .ip(&wiring::change_tunnel_address(device, old, address))?;
+        let mut batch = wiring::to_peer(&state.nodes[index], encapsulation);
+        if encapsulation == Encapsulation::Vxlan {
+            batch += &wiring::forget_gateway(device, old);
+        }
+        self.namespace(&state.nodes[1 - index].name)?.ip(&batch)
+    }
+
+    /// Takes a node's default routes away.
+    pub fn delete_default_route(&self, node: &str) -> Result<()> {
+        let routes = wiring::default_route(self.options.ipv6).replace("route add", "route del");
+        self.namespace(node)?.ip(&routes)
+    }
+
+    /// Gives a node its default routes back.
+    pub fn restore_default_route(&self, node: &str) -> Result<()> {
+        self.namespace(node)?
+            .ip(&wiring::default_route(self.options.ipv6))
+    }
+
+    /// Turns segmentation offload, receive merging and checksum offload of all pod, workload, tunnel and
+    /// uplink devices on or off. Off, every packet a capture shows is one that a wire would carry.
+    pub fn offloads(&self, on: bool) -> Result<()> {
+        let pods = self.pods();
+        let mut devices: Vec<(String, &str)> = pods.iter().map(|pod| (pod.id.clone(), "eth0")).collect();
+        for pod in &pods {
+            devices.push((pod.node.clone(), &pod.interface));
+        }
+        for node in self.nodes() {
+            devices.push((node.name.clone(), "eth0"));
+            devices.extend(
+                self.options
+                    .encapsulation
+                    .device()
+                    .map(|device| (node.name.clone(), device)),
+            );
+        }
+        let value = if on { "on" } else { "off" };
+        for (part, device) in devices {
+            for feature in ["tx", "tso", "gso", "gro"] {
+                // A device that lacks a feature refuses to turn it on or off; that it ends up off is what
+                // counts, and `ethtool -k` says so below.
+                let _ = command::output(&mut self.exec(&part, ["ethtool", "-K", device, feature, value])?)?;
+            }
+            let mut list = self.exec(&part, ["ethtool", "-k", device])?;
+            let features = command::text(&command::run(&mut list)?);
+            let left = ["tcp-segmentation-offload: on", "generic-segmentation-offload: on"];
+            ensure!(
+                on || !left.iter().any(|feature| features.contains(feature)),
+                "{device} of {part} kept an offload:\n{features}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Adds a pod to a node, as the CNI plugin and Felix do it.
+    pub fn add_pod(&self, id: &str, node: &str, name: &str, address: Ipv4Addr) -> Result<Pod> {
+        let index = self.node_index(node)?;
+        let mut state = self.state();
+        ensure!(
+            !state
+                .pods
+                .iter()
+                .any(|(pod, _)| pod.id == id || pod.address == address || pod.name == name),
+            "lab {} has a pod {id}, {name} or {address}",
+            self.id
+        );
+        let pod = plan::pod(&self.id, id, "default", name, &state.nodes[index], address)?;
+        Namespace::create(std::slice::from_ref(&pod.namespace))?;
+        self.wire_pod(&pod)?;
+        state.pods.push((pod.clone(), Policy::Allow));
+        self.load_rules(&state, index)?;
+        Ok(pod)
+    }
+
+    /// Deletes a pod: its processes, its interface, its routes, its namespace and its files.
+    pub fn delete_pod(&self, id: &str) -> Result<()> {
+        let pod = self.pod(id)?;
+        let mut state = self.state();
+        state.pods.retain(|(other, _)| other.id != id);
+        registry::end_processes(&Namespace::open(&pod.namespace)?)?;
+        self.namespace(&pod.node)?
+            .ip(&format!("link del {}\n", pod.interface))?;
+        self.load_rules(&state, self.node_index(&pod.node)?)?;
+        root::remove_pod(&self.root(&pod.node), &pod)?;
+        Namespace::remove(&pod.namespace)
+    }
+
+    fn build(id: &str, options: &Options, kept: bool) -> Result<Self> {
+        // What is left of others is not this lab's failure; it is tried again by the next one.
+        let _ = sweep();
+        let lock = registry::lock(id)?.with_context(|| format!("lab {id} is being built or in use"))?;
+        ensure!(Record::read(id)?.is_none(), "lab {id} is up already");
+        let nodes = plan::nodes(id);
+        let pods = plan::pods(id, &nodes)?;
+        let folder = std::env::temp_dir().join(format!("calitrace-lab-{id}"));
+        let record = Record {
+            id: id.to_owned(),
+            folder: folder.clone(),
+            kept,
+            options: options.clone(),
+            nodes: nodes.to_vec(),
+            pods: pods.clone(),
+        };
+        let state = State {
+            nodes,
+            pods: pods.into_iter().map(|pod| (pod, Policy::Allow)).collect(),
+            block_time_exceeded: false,
+        };
+        // From here on a failure takes down what is there, by the value's drop.
+        let mut lab = Self {
+            id: id.to_owned(),
+            options: options.clone(),
+            folder,
+            kept: false,
+            holders: Vec::new(),
+            state: Mutex::new(state),
+            _lock: lock,
+        };
+        record.write()?;
+        lab.build_parts()
+            .with_context(|| format!("cannot build lab {id}"))?;
+        lab.kept = kept;
+        Ok(lab)
+    }
+
+    fn build_parts(&mut self) -> Result<()> {
+        let nodes = self.nodes();
+        // The folder's name is known to everyone; it must be new and nobody else's.
+        DirBuilder::new()
+            .mode(0o755)
+            .create(&self.folder)
+            .with_context(|| format!("cannot make folder {}", self.folder.display()))?;
+        let mut names = vec![plan::namespace_name(&self.id, UNDERLAY)];
+        names.extend(nodes.iter().map(|node| node.namespace.clone()));
+        names.extend(self.pods().into_iter().map(|pod| pod.namespace));
+        let without_fallback = ipip::WithoutFallback::hold(&self.options)?;
+        Namespace::create(&names)?;
+        drop(without_fallback);
+
+        let underlay = self.namespace(UNDERLAY)?;
+        let settings = wiring::namespace_settings(self.options.ipv6);
+        underlay.sysctls(settings.into_iter().chain(wiring::router_settings()))?;
+        let lab = &*self;
+        let holders = thread::scope(|scope| {
+            let builders = [0, 1].map(|index| scope.spawn(move || lab.build_node(index)));
+            builders.map(|builder| {
+                builder
+                    .join()
+                    .unwrap_or_else(|_| Err(anyhow!("the builder of a node panicked")))
+            })
+        });
+        // Both are kept before either error is looked at, so that both are ended.
+        let mut failed = None;
+        for holder in holders {
+            match holder {
+                Ok(holder) => self.holders.push(holder),
+                Err(error) => failed = Some(error),
+            }
+        }
+        if let Some(error) = failed {
+            return Err(error);
+        }
+        underlay.ip(&wiring::underlay(&nodes, self.options.ipv6))
+    }
+
+    fn build_node(&self, index: usize) -> Result<Child> {
+        let nodes = self.nodes();
+        let (node, peer) = (&nodes[index], &nodes[1 - index]);
+        let options = &self.options;
+        let namespace = Namespace::open(&node.namespace)?;
+        let settings = wiring::namespace_settings(options.ipv6);
+        namespace.sysctls(settings.into_iter().chain(wiring::router_settings()))?;
+        let make_tunl0 = options.encapsulation == Encapsulation::Ipip && ipip::must_be_made(&namespace)?;
+        let underlay = plan::namespace_name(&self.id, UNDERLAY);
+        namespace.ip(&wiring::node(node, options, make_tunl0, &underlay))?;
+        namespace.ip(&wiring::blocks(node, peer, options))?;
+        if options.encapsulation == Encapsulation::Vxlan {
+            let mut bridge = namespace.command("bridge");
+            command::run_with_input(bridge.args(["-batch", "-"]), &wiring::forwarding_entry(peer))?;
+        }
+        let root = self.root(&node.name);
+        root::create(&root, node)?;
+        for pod in self.pods().iter().filter(|pod| pod.node == node.name) {
+            self.wire_pod(pod)?;
+        }
+        self.load_rules(&self.state(), index)?;
+        root::hold(&root, node, &namespace)
+    }
+
+    /// Connects a pod's namespace to its node and writes the pod's files.
+    fn wire_pod(&self, pod: &Pod) -> Result<()> {
+        let own = Namespace::open(&pod.namespace)?;
+        own.sysctls(wiring::namespace_settings(self.options.ipv6))?;
+        let node = self.namespace(&pod.node)?;
+        node.ip(&wiring::workload(pod, &self.options))?;
+        node.sysctls(wiring::workload_settings(&pod.interface))?;
+        own.ip(&wiring::pod(pod, self.options.ipv6))?;
+        root::add_pod(&self.root(&pod.node), pod, &self.options)
+    }
+
+    fn load_rules(&self, state: &State, index: usize) -> Result<()> {
+        let (node, peer) = (&state.nodes[index], &state.nodes[1 - index]);
+        let local = |pod: &Pod| pod.node == node.name;
+        let rules = Rules {
+            peer,
+            encapsulation: self.options.encapsulation,
+            pods: state
+                .pods
+                .iter()
+                .filter(|(pod, _)| local(pod))
+                .map(|(pod, policy)| (pod, *policy))
+                .collect(),
+            backend: state.pods.iter().map(|(pod, _)| pod).find(|pod| pod.id == "pod2"),
+            block_time_exceeded: state.block_time_exceeded,
+        };
+        netfilter::load(
+            &Namespace::open(&node.namespace)?,
+            self.options.netfilter,
+            &rules.text(),
+        )
+    }
+
+    fn node_index(&self, name: &str) -> Result<usize> {
+        // Names never change: no need to ask the state, which the caller may hold.
+        ["minikube", "minikube-m02"]
+            .iter()
+            .position(|node| *node == name)
+            .with_context(|| format!("lab {} has no node {name}", self.id))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tear_down(&mut self) -> Result<()> {
+        for mut holder in self.holders.drain(..) {
+            holder.kill().context("cannot end a node's process")?;
+            holder.wait().context("cannot wait for a node's process")?;
+        }
+        registry::remove(&self.id).with_context(|| format!("cannot remove lab {}", self.id))
+    }
+}
+
+impl Drop for Lab {
+    #[expect(clippy::print_stderr, reason = "a drop has nobody else to tell")]
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        if let Err(error) = self.tear_down() {
+            eprintln!("warning: {error:#}");
+        }
+    }
+}

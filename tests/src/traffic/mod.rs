@@ -1,0 +1,7 @@
+//! Traffic of the lab, made by real tools and by sockets, and what those say about it.
+
+pub mod http;
+pub mod ping;
+pub mod tcpdump;
+pub mod traceroute;
+pub mod udp;
