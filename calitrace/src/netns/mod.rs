@@ -3,12 +3,40 @@
 //! A namespace is entered by a thread made for it, which ends afterwards: a worker thread of an async runtime would
 //! carry the namespace on to whatever it runs next. Sockets opened inside keep the namespace for their whole life.
 
-use std::{fs::File, os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
+mod list;
+
+use std::{fmt, fs::File, io, os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result};
-use nix::sched::{CloneFlags, setns};
+use nix::{
+    errno::Errno,
+    sched::{CloneFlags, setns},
+};
+
+pub use list::{Found, list, resolve};
 
 use crate::event::Netns;
+
+/// The caller lacks a privilege; says which, and for what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoPermission {
+    /// Name of the capability (`CAP_SYS_ADMIN`).
+    pub capability: &'static str,
+    /// What it is needed for.
+    pub purpose: String,
+}
+
+impl fmt::Display for NoPermission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "no permission to {}: {} is missing, run calitrace as root",
+            self.purpose, self.capability
+        )
+    }
+}
+
+impl std::error::Error for NoPermission {}
 
 /// An open network namespace. Cheap to clone; holds the namespace alive.
 #[derive(Clone, Debug)]
@@ -42,17 +70,56 @@ impl Handle {
         &self.file
     }
 
-    /// Runs `work` inside the namespace, on a thread of its own.
+    /// Runs `work` inside the namespace, on a thread of its own. Without the privilege to enter it, the error is
+    /// [`NoPermission`].
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    setns(&self.file, CloneFlags::CLONE_NEWNET)
-                        .with_context(|| format!("enter the network namespace {}", self.inode))?;
+                    match setns(&self.file, CloneFlags::CLONE_NEWNET) {
+                        Err(Errno::EPERM) => Err(anyhow::Error::new(NoPermission {
+                            capability: "CAP_SYS_ADMIN",
+                            purpose: format!("enter the network namespace {}", self.inode),
+                        })),
+                        entered => {
+                            entered.with_context(|| format!("enter the network namespace {}", self.inode))
+                        }
+                    }?;
                     work()
                 })
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
     }
+}
+
+/// The host name of a process's UTS namespace; `None` if that is ours, or the process is gone.
+pub fn host_name(pid: i32) -> Result<Option<String>> {
+    let path = format!("/proc/{pid}/ns/uts");
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if vanished(&error) || error.kind() == io::ErrorKind::PermissionDenied => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("open {path}")),
+    };
+    let inode = |file: io::Result<std::fs::Metadata>| file.map(|metadata| metadata.ino());
+    let ours = inode(std::fs::metadata("/proc/self/ns/uts")).context("read our own UTS namespace")?;
+    if inode(file.metadata()).with_context(|| format!("read {path}"))? == ours {
+        return Ok(None);
+    }
+    std::thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                setns(&file, CloneFlags::CLONE_NEWUTS).with_context(|| format!("enter {path}"))?;
+                let name =
+                    nix::unistd::gethostname().with_context(|| format!("read the host name of {path}"))?;
+                Ok(name.into_string().ok())
+            })
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// What the kernel answers about a process that ended while it was looked at.
+fn vanished(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

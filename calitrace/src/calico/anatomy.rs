@@ -1,0 +1,271 @@
+//! What makes a namespace a Calico node, and what its devices and routes are for: pure, from its tables alone.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use crate::{
+    event::{self, EncapKind, RouteKind},
+    route::{Entry, Link, Snapshot, TABLE_LOCAL, Type},
+};
+
+/// Calico's tunnel devices by name (`felix/dataplane/linux/dataplanedefs/dataplane_defs.go`, Calico 3.34).
+const TUNNEL_NAMES: [&str; 5] = [
+    "tunl0",
+    "vxlan.calico",
+    "vxlan-v6.calico",
+    "wireguard.cali",
+    "wg-v6.cali",
+];
+
+/// Makers of routes that are never an IPAM block's (`RTPROT_…`): redirect, kernel, static, router advertisement, DHCP.
+/// Blocks come from BIRD (12), another BGP daemon, or Felix (80, or as configured).
+const NEVER_A_BLOCK: [u8; 5] = [1, 2, 4, 9, 16];
+
+/// A workload interface: a device of the right name with a route to one address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Workload {
+    pub(super) ifindex: u32,
+    /// The pod's addresses, sorted.
+    pub(super) addresses: Vec<IpAddr>,
+}
+
+/// The parts of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Anatomy {
+    pub(super) workloads: Vec<Workload>,
+    /// Indices of the tunnel devices.
+    pub(super) tunnels: Vec<u32>,
+    /// The routes that matter, the most specific first.
+    pub(super) routes: Vec<event::Route>,
+    /// IPAM blocks of this node.
+    pub(super) local_blocks: Vec<IpNet>,
+    /// IPAM blocks (and borrowed addresses) of other nodes.
+    pub(super) remote_blocks: Vec<IpNet>,
+}
+
+impl Anatomy {
+    /// The parts of the namespace if it is a Calico node: it has workload interfaces, or a tunnel device with an address
+    /// and a local block. Who made the routes does not matter (BIRD up to 3.32, Felix since), nor the kind of the workload
+    /// devices (veth or netkit). A pod has neither: its `tunl0`, if it has one, has no address, and no block is its own.
+    pub(super) fn of(snapshot: &Snapshot, prefixes: &[String]) -> Option<Self> {
+        let workloads = workloads(snapshot, prefixes);
+        let tunnels: Vec<u32> = snapshot
+            .links
+            .iter()
+            .filter(|link| is_tunnel(link, snapshot))
+            .map(|link| link.ifindex)
+            .collect();
+        let local_blocks: Vec<IpNet> = forwarding_routes(snapshot)
+            .filter(|entry| entry.kind == Type::Blackhole && block_sized(entry.destination))
+            .map(|entry| entry.destination)
+            .collect();
+        let addressed = tunnels
+            .iter()
+            .any(|&tunnel| snapshot.addresses_of(tunnel).any(|a| global(a.address)));
+        let has_block = addressed && !local_blocks.is_empty();
+        if workloads.is_empty() && !has_block {
+            return None;
+        }
+        let remote_blocks = forwarding_routes(snapshot)
+            .filter(|entry| is_remote_block(entry, &tunnels))
+            .map(|entry| entry.destination)
+            .collect();
+        let mut anatomy = Self {
+            workloads,
+            tunnels,
+            routes: Vec::new(),
+            local_blocks: sorted(local_blocks),
+            remote_blocks: sorted(remote_blocks),
+        };
+        anatomy.routes = anatomy.event_routes(snapshot);
+        Some(anatomy)
+    }
+
+    /// The addresses of the nodes behind remote blocks, and of the default gateways' devices, that lie beyond an uplink.
+    pub(super) fn remote_nodes(&self) -> Vec<IpAddr> {
+        sorted(self.routes.iter().filter_map(|route| route.remote_node).collect())
+    }
+
+    fn event_routes(&self, snapshot: &Snapshot) -> Vec<event::Route> {
+        let mut entries: Vec<_> = forwarding_routes(snapshot).filter(|entry| shown(entry)).collect();
+        entries.sort_by_key(|entry| {
+            // WireGuard's rule comes before the main table's, so its route for the same block does, too.
+            let tunnel = entry.oif.and_then(|oif| encap_of(snapshot.link(oif)?));
+            let rank = u8::from(tunnel != Some(EncapKind::Wireguard));
+            (
+                std::cmp::Reverse(entry.destination.prefix_len()),
+                entry.destination,
+                rank,
+                entry.metric,
+            )
+        });
+        let mut routes: Vec<event::Route> = entries
+            .into_iter()
+            .filter_map(|entry| self.event_route(snapshot, entry))
+            .collect();
+        // WireGuard's routes name no peer; the main table's route for the same block does.
+        let named: Vec<(IpNet, IpAddr)> = routes
+            .iter()
+            .filter_map(|route| Some((route.prefix, route.remote_node?)))
+            .collect();
+        for route in routes
+            .iter_mut()
+            .filter(|route| route.encap == Some(EncapKind::Wireguard))
+        {
+            route.remote_node = named
+                .iter()
+                .find(|(prefix, _)| *prefix == route.prefix)
+                .map(|(_, node)| *node);
+        }
+        routes.dedup();
+        routes
+    }
+
+    fn event_route(&self, snapshot: &Snapshot, entry: &Entry) -> Option<event::Route> {
+        let kind = match entry.kind {
+            Type::Unicast => RouteKind::Unicast,
+            Type::Blackhole => RouteKind::Blackhole,
+            Type::Unreachable => RouteKind::Unreachable,
+            Type::Prohibit => RouteKind::Prohibit,
+            Type::Local | Type::Other => return None,
+        };
+        let encap = entry.oif.and_then(|oif| encap_of(snapshot.link(oif)?));
+        let remote_node = match (encap, entry.gateway) {
+            (_, None) | (Some(EncapKind::Wireguard), _) => None,
+            (Some(EncapKind::Vxlan), Some(gateway)) => behind_vxlan(snapshot, entry.oif, gateway),
+            (Some(EncapKind::Ipip), gateway) => gateway,
+            (None, gateway) => gateway.filter(|_| is_remote_block(entry, &self.tunnels)),
+        };
+        Some(event::Route {
+            prefix: entry.destination,
+            kind,
+            gateway: entry.gateway,
+            ifindex: entry.oif,
+            encap,
+            remote_node,
+        })
+    }
+}
+
+/// The encapsulation that a device does.
+pub(super) fn encap_of(link: &Link) -> Option<EncapKind> {
+    match (link.kind.as_deref(), link.name.as_str()) {
+        // User-space implementations use TUN devices under Calico's names.
+        (Some("ipip"), _) | (Some("tun"), "tunl0") => Some(EncapKind::Ipip),
+        (Some("wireguard"), _) | (Some("tun"), "wireguard.cali" | "wg-v6.cali") => Some(EncapKind::Wireguard),
+        (Some("vxlan"), _) => Some(EncapKind::Vxlan),
+        _ => None,
+    }
+}
+
+/// Neither loopback, link-local, multicast nor unspecified.
+pub(super) fn global(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            !(v4.is_loopback() || v4.is_link_local() || v4.is_unspecified() || v4.is_multicast())
+        }
+        IpAddr::V6(v6) => {
+            !(v6.is_loopback() || v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast())
+        }
+    }
+}
+
+/// Whether a look at the devices alone says that the namespace may be a node.
+pub(super) fn may_be_node(links: &[Link], prefixes: &[String]) -> bool {
+    links
+        .iter()
+        .any(|link| has_prefix(link, prefixes) || encap_of(link).is_some())
+}
+
+fn has_prefix(link: &Link, prefixes: &[String]) -> bool {
+    prefixes
+        .iter()
+        .any(|prefix| link.name.starts_with(prefix.as_str()))
+        && encap_of(link).is_none()
+}
+
+fn workloads(snapshot: &Snapshot, prefixes: &[String]) -> Vec<Workload> {
+    snapshot
+        .links
+        .iter()
+        .filter(|link| has_prefix(link, prefixes))
+        .filter_map(|link| {
+            let to_pod = |entry: &&Entry| {
+                entry.oif == Some(link.ifindex)
+                    && entry.kind == Type::Unicast
+                    && entry.gateway.is_none()
+                    && entry.destination.prefix_len() == entry.destination.max_prefix_len()
+                    && global(entry.destination.addr())
+            };
+            let addresses: Vec<_> = forwarding_routes(snapshot)
+                .filter(to_pod)
+                .map(|entry| entry.destination.addr())
+                .collect();
+            (!addresses.is_empty()).then(|| Workload {
+                ifindex: link.ifindex,
+                addresses: sorted(addresses),
+            })
+        })
+        .collect()
+}
+
+/// A tunnel of the node's: of a tunnel's kind or name, with an address of its own or routes through it.
+fn is_tunnel(link: &Link, snapshot: &Snapshot) -> bool {
+    let in_use = || {
+        snapshot
+            .addresses_of(link.ifindex)
+            .any(|address| global(address.address))
+            || forwarding_routes(snapshot).any(|entry| {
+                entry.oif == Some(link.ifindex)
+                    && entry.kind == Type::Unicast
+                    && block_sized(entry.destination)
+            })
+    };
+    (encap_of(link).is_some() || TUNNEL_NAMES.contains(&link.name.as_str())) && in_use()
+}
+
+/// Calico's block sizes: /20 to /32 and /116 to /128 (`IPPool.spec.blockSize`).
+fn block_sized(prefix: IpNet) -> bool {
+    let least = if matches!(prefix, IpNet::V4(_)) { 20 } else { 116 };
+    prefix.prefix_len() >= least && global(prefix.addr())
+}
+
+fn is_remote_block(entry: &Entry, tunnels: &[u32]) -> bool {
+    if entry.kind != Type::Unicast || !block_sized(entry.destination) {
+        return false;
+    }
+    let tunnelled = entry.oif.is_some_and(|oif| tunnels.contains(&oif));
+    tunnelled && entry.protocol != 2 || entry.gateway.is_some() && !NEVER_A_BLOCK.contains(&entry.protocol)
+}
+
+/// All tables but the node's own addresses.
+fn forwarding_routes(snapshot: &Snapshot) -> impl Iterator<Item = &Entry> {
+    snapshot.routes.iter().filter(|entry| entry.table != TABLE_LOCAL)
+}
+
+/// Link-local and multicast routes say nothing about pods.
+fn shown(entry: &Entry) -> bool {
+    let address = entry.destination.addr();
+    entry.destination.prefix_len() == 0 || global(address)
+}
+
+/// VXLAN: the gateway is the remote tunnel's address; its hardware address leads to the node.
+fn behind_vxlan(snapshot: &Snapshot, device: Option<u32>, gateway: IpAddr) -> Option<IpAddr> {
+    let device = device?;
+    let neighbour = snapshot
+        .neighbours
+        .iter()
+        .find(|entry| entry.ifindex == device && entry.address == gateway)?;
+    let forward = snapshot
+        .forwards
+        .iter()
+        .find(|entry| entry.ifindex == device && entry.mac == neighbour.mac)?;
+    Some(forward.destination)
+}
+
+pub(super) fn sorted<T: Ord>(mut values: Vec<T>) -> Vec<T> {
+    values.sort_unstable();
+    values.dedup();
+    values
+}
