@@ -1,3 +1,54 @@
-//! `cargo xtask`: the project's only script.
+//! `cargo xtask`: the project's only script. One file a verb; this one only tells them apart.
 
-fn main() {}
+mod build;
+mod cargo;
+mod lint;
+mod root;
+mod setup;
+mod step;
+mod test;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Sets up, builds, tests and shows calitrace. Every verb may be repeated at will.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what building, testing and the demo take and is not there yet
+    Setup,
+    /// Build target/release/calitrace
+    Build,
+    /// Check the format and run clippy, on the eBPF programs too
+    Lint,
+    /// Run the tests, layer by layer
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            step::complain(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: Verb) -> Result<()> {
+    match verb {
+        Verb::Setup => setup::everything(),
+        Verb::Build => build::run(),
+        Verb::Lint => lint::run(),
+        Verb::Test(options) => test::run(&options),
+    }
+}

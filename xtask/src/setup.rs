@@ -1,0 +1,28 @@
+//! `cargo xtask setup`: what building, testing and the demo take. Each part first looks, installs only what is missing,
+//! and says what it did; with nothing missing it only looks.
+
+mod linker;
+mod packages;
+mod toolchain;
+
+use anyhow::Result;
+
+pub(crate) use packages::{LAB, PYTHON, require as require_programs};
+
+/// All that any verb takes.
+pub(crate) fn everything() -> Result<()> {
+    for_build()?;
+    for_lab()?;
+    require_programs(&PYTHON)
+}
+
+/// What `cargo build` takes. Needs no root.
+pub(crate) fn for_build() -> Result<()> {
+    toolchain::require()?;
+    linker::require()
+}
+
+/// The programs of the lab and the demo. Needs root if one is missing.
+pub(crate) fn for_lab() -> Result<()> {
+    require_programs(&LAB)
+}

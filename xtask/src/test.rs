@@ -1,0 +1,122 @@
+//! `cargo xtask test`: all tests, from cheap to dear, layer by layer (README.md, "Development").
+//!
+//! Test programs are built as the caller; those that need root are run by root or sudo. A layer that cannot run is
+//! counted as skipped, and in CI as failed.
+
+mod jc;
+mod layer;
+mod run;
+mod totals;
+
+use std::env;
+use std::ffi::OsString;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::cargo::Executable;
+use crate::step::{complain, say};
+use crate::{cargo, root, setup, workspace};
+use layer::Layer;
+use run::Environment;
+use totals::Totals;
+
+/// What to run.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run these layers only
+    #[arg(value_enum)]
+    layers: Vec<Layer>,
+    /// Run only tests whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+}
+
+/// Runs the layers and ends with their totals, alone on a line.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let chosen: Vec<Layer> = Layer::ALL
+        .into_iter()
+        .filter(|layer| options.layers.is_empty() || options.layers.contains(layer))
+        .collect();
+    setup::for_build()?;
+    if chosen.iter().any(|layer| layer.needs_root()) {
+        setup::for_lab()?;
+    }
+    if chosen.contains(&Layer::EndToEnd) {
+        jc::require()?;
+    }
+    let built = cargo::build("tests", &["test", "--workspace", "--no-run"])?;
+    let plan = layer::plan(&built)?;
+    let environment = Environment::new(product(&built)?)?;
+    let in_ci = env::var_os("CI").is_some_and(|value| value == "true");
+
+    let mut sum = Totals::default();
+    let mut times = Vec::new();
+    for layer in chosen {
+        let start = Instant::now();
+        say(&format!("\nlayer {layer}"));
+        let mut totals = if layer.needs_root() && !root::available() {
+            say(&format!(
+                "layer {layer}: skipped: needs root, and there is no sudo here"
+            ));
+            Totals {
+                skipped: 1,
+                ..Totals::default()
+            }
+        } else {
+            run_layer(layer, &plan, &environment, options.only.as_deref())?
+        };
+        if in_ci && layer.required_in_ci() && totals.passed + totals.failed == 0 {
+            complain(&format!(
+                "layer {layer}: ran no test, and none may be left out in CI"
+            ));
+            totals.failed += 1;
+        }
+        times.push(format!(
+            "{layer:<8} {totals}, {:.1} s",
+            start.elapsed().as_secs_f64()
+        ));
+        sum += totals;
+    }
+    say("");
+    times.iter().for_each(|line| say(line));
+    say(&sum.to_string());
+    if sum.failed > 0 {
+        bail!("{} of the tests failed; see above", sum.failed);
+    }
+    Ok(())
+}
+
+fn run_layer(
+    layer: Layer,
+    plan: &[(Layer, &Executable)],
+    environment: &Environment,
+    only: Option<&str>,
+) -> Result<Totals> {
+    let mut totals = Totals::default();
+    for (_, program) in plan.iter().filter(|(its_layer, _)| *its_layer == layer) {
+        totals += environment.run(program, layer.needs_root(), only)?;
+    }
+    if layer == Layer::Unit {
+        let mut doc_tests = Command::new("cargo");
+        doc_tests
+            .current_dir(workspace::root())
+            .args(["test", "--quiet", "--workspace", "--doc", "--"])
+            .args(only);
+        totals += run::counted("documentation", &mut doc_tests)?;
+    }
+    Ok(totals)
+}
+
+/// The calitrace binary of this build, which the end-to-end tests run.
+fn product(built: &[Executable]) -> Result<OsString> {
+    let binary = built
+        .iter()
+        .find(|built| built.kind == "bin" && built.target == "calitrace" && !built.is_test);
+    Ok(binary
+        .context("cargo built no calitrace binary")?
+        .file
+        .clone()
+        .into_os_string())
+}
