@@ -12,7 +12,10 @@ use std::process::{Command, ExitCode};
 /// The package, its binary, and the name of the object in `OUT_DIR`.
 const PACKAGE: &str = "calitrace-ebpf";
 
-#[expect(clippy::print_stderr, reason = "cargo shows what a failed build script wrote to standard error")]
+#[expect(
+    clippy::print_stderr,
+    reason = "cargo shows what a failed build script wrote to standard error"
+)]
 fn main() -> ExitCode {
     match build() {
         Ok(()) => ExitCode::SUCCESS,

@@ -80,7 +80,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         sum += totals;
     }
     say("");
-    times.iter().for_each(|line| say(line));
+    for line in &times {
+        say(line);
+    }
     say(&sum.to_string());
     if sum.failed > 0 {
         bail!("{} of the tests failed; see above", sum.failed);

@@ -205,7 +205,6 @@ fn address(bytes: [u8; 16]) -> IpAddr {
         .map_or(IpAddr::V6(v6), |v4: Ipv4Addr| IpAddr::V4(v4))
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "takes the upper half")]
 const fn high(word: u32) -> u16 {
     (word >> 16) as u16
 }

@@ -107,7 +107,6 @@ pub mod by_name {
     use serde::{Deserialize as _, Deserializer, Serializer, de::Error as _};
 
     /// Writes the hook's name.
-    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
     pub fn serialize<S: Serializer>(hook: &Hook, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(super::row(*hook).name)
     }

@@ -1,5 +1,5 @@
-//! jc (PyPI), with which the end-to-end tests check that others can read `-o traceroute`: in a Python environment of
-//! the workspace's own.
+//! jc, with which the end-to-end tests check that others can read `-o traceroute`: taken from Python's package index
+//! into a Python environment of the workspace's own.
 
 use std::path::PathBuf;
 use std::process::Command;
