@@ -82,7 +82,7 @@ impl Anatomy {
         Some(anatomy)
     }
 
-    /// The addresses of the nodes behind remote blocks, and of the default gateways' devices, that lie beyond an uplink.
+    /// The addresses of the nodes behind remote blocks.
     pub(super) fn remote_nodes(&self) -> Vec<IpAddr> {
         sorted(self.routes.iter().filter_map(|route| route.remote_node).collect())
     }
@@ -268,4 +268,234 @@ pub(super) fn sorted<T: Ord>(mut values: Vec<T>) -> Vec<T> {
     values.sort_unstable();
     values.dedup();
     values
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::route::{Address, Forward, Neighbour, TABLE_MAIN};
+
+    fn link(ifindex: u32, name: &str, kind: &str) -> Link {
+        Link {
+            ifindex,
+            name: name.to_owned(),
+            kind: Some(kind.to_owned()),
+            mtu: 1500,
+            flags: 1,
+            address: Vec::new(),
+            master: None,
+            link: None,
+            link_netnsid: None,
+            vlan: None,
+            vxlan: None,
+            ipip: None,
+        }
+    }
+
+    fn address(ifindex: u32, address: &str) -> Address {
+        Address {
+            ifindex,
+            address: address.parse().unwrap(),
+            prefix_len: 32,
+            scope: 0,
+            secondary: false,
+        }
+    }
+
+    fn entry(prefix: &str, oif: Option<u32>, gateway: Option<&str>) -> Entry {
+        Entry {
+            destination: prefix.parse().unwrap(),
+            kind: Type::Unicast,
+            table: TABLE_MAIN,
+            protocol: 80,
+            scope: 0,
+            metric: 0,
+            gateway: gateway.map(|gateway| gateway.parse().unwrap()),
+            oif,
+            source: None,
+            onlink: false,
+            mtu: None,
+        }
+    }
+
+    fn blackhole(prefix: &str) -> Entry {
+        Entry {
+            kind: Type::Blackhole,
+            ..entry(prefix, None, None)
+        }
+    }
+
+    fn anatomy(snapshot: &Snapshot) -> Option<Anatomy> {
+        Anatomy::of(snapshot, &["cali".to_owned()])
+    }
+
+    /// A node with IPIP as the seed's: one pod, a remote block, a default route.
+    fn ipip_node() -> Snapshot {
+        Snapshot {
+            links: vec![
+                link(2, "tunl0", "ipip"),
+                link(3, "eth0", "veth"),
+                link(4, "cali8d02ed71817", "netkit"),
+            ],
+            addresses: vec![address(2, "10.244.120.64"), address(3, "192.168.49.2")],
+            routes: vec![
+                entry("0.0.0.0/0", Some(3), Some("192.168.49.1")),
+                blackhole("10.244.120.64/26"),
+                entry("10.244.205.192/26", Some(2), Some("192.168.49.3")),
+                entry("10.244.120.67/32", Some(4), None),
+            ],
+            ..Snapshot::default()
+        }
+    }
+
+    #[test]
+    fn the_seeds_node() {
+        let anatomy = anatomy(&ipip_node()).unwrap();
+        assert_eq!(
+            anatomy.workloads,
+            [Workload {
+                ifindex: 4,
+                addresses: vec!["10.244.120.67".parse().unwrap()]
+            }]
+        );
+        assert_eq!(anatomy.tunnels, [2]);
+        assert_eq!(anatomy.local_blocks, ["10.244.120.64/26".parse().unwrap()]);
+        assert_eq!(anatomy.remote_blocks, ["10.244.205.192/26".parse().unwrap()]);
+        assert_eq!(
+            anatomy.remote_nodes(),
+            ["192.168.49.3".parse::<IpAddr>().unwrap()]
+        );
+        let prefixes: Vec<u8> = anatomy
+            .routes
+            .iter()
+            .map(|route| route.prefix.prefix_len())
+            .collect();
+        assert_eq!(prefixes, [32, 26, 26, 0], "the most specific first");
+        let remote = &anatomy.routes[2];
+        assert_eq!(
+            (remote.encap, remote.remote_node),
+            (Some(EncapKind::Ipip), remote.gateway)
+        );
+    }
+
+    #[test]
+    fn a_node_without_pods_needs_tunnel_address_and_block() {
+        let mut node = ipip_node();
+        node.routes.retain(|entry| entry.oif != Some(4));
+        assert!(anatomy(&node).is_some());
+        let mut unaddressed = node.clone();
+        unaddressed.addresses.retain(|address| address.ifindex != 2);
+        assert!(anatomy(&unaddressed).is_none());
+        node.routes.retain(|entry| entry.kind != Type::Blackhole);
+        assert!(anatomy(&node).is_none());
+    }
+
+    #[test]
+    fn a_pod_is_no_node() {
+        // With ipip loaded, each new namespace has a tunl0 of its own.
+        let pod = Snapshot {
+            links: vec![
+                link(1, "lo", "loopback"),
+                link(2, "tunl0", "ipip"),
+                link(3, "eth0", "veth"),
+            ],
+            addresses: vec![address(3, "10.244.120.67")],
+            routes: vec![
+                entry("169.254.1.1/32", Some(3), None),
+                entry("0.0.0.0/0", Some(3), Some("169.254.1.1")),
+                Entry {
+                    kind: Type::Local,
+                    table: TABLE_LOCAL,
+                    ..entry("10.244.120.67/32", Some(3), None)
+                },
+            ],
+            ..Snapshot::default()
+        };
+        assert!(anatomy(&pod).is_none());
+    }
+
+    #[test]
+    fn a_name_alone_makes_no_workload() {
+        let mut node = ipip_node();
+        for odd in [
+            entry("10.244.120.64/26", Some(4), None),
+            entry("10.244.120.67/32", Some(4), Some("10.0.0.1")),
+            entry("10.244.120.67/32", Some(3), None),
+            entry("169.254.1.1/32", Some(4), None),
+            Entry {
+                kind: Type::Local,
+                table: TABLE_LOCAL,
+                ..entry("10.244.120.67/32", Some(4), None)
+            },
+        ] {
+            *node.routes.last_mut().unwrap() = odd.clone();
+            assert!(anatomy(&node).unwrap().workloads.is_empty(), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn behind_vxlan_the_forwarding_database_names_the_node() {
+        let mut node = ipip_node();
+        node.links[0] = link(2, "vxlan.calico", "vxlan");
+        node.routes[2].gateway = Some("10.244.205.192".parse().unwrap());
+        let remote = |node: &Snapshot| anatomy(node).unwrap().routes[2].remote_node;
+        assert_eq!(remote(&node), None, "nothing known is nothing said");
+        let mac = vec![0x66, 0, 0, 0, 0, 1];
+        node.neighbours = vec![Neighbour {
+            ifindex: 2,
+            address: "10.244.205.192".parse().unwrap(),
+            mac: mac.clone(),
+        }];
+        node.forwards = vec![
+            Forward {
+                ifindex: 2,
+                mac: vec![0x66, 0, 0, 0, 0, 2],
+                destination: "192.168.49.4".parse().unwrap(),
+            },
+            Forward {
+                ifindex: 2,
+                mac,
+                destination: "192.168.49.3".parse().unwrap(),
+            },
+        ];
+        assert_eq!(remote(&node), Some("192.168.49.3".parse().unwrap()));
+    }
+
+    #[test]
+    fn without_encapsulation_bgp_routes_are_blocks_and_an_administrators_are_not() {
+        let mut node = ipip_node();
+        node.routes[2].oif = Some(3);
+        let blocks = |node: &Snapshot| anatomy(node).unwrap().remote_blocks.len();
+        for protocol in [3, 12, 80, 186] {
+            node.routes[2].protocol = protocol;
+            assert_eq!(blocks(&node), 1, "protocol {protocol}");
+        }
+        for protocol in NEVER_A_BLOCK {
+            node.routes[2].protocol = protocol;
+            assert_eq!(blocks(&node), 0, "protocol {protocol}");
+        }
+        node.routes[2].protocol = 80;
+        node.routes[2].destination = "10.0.0.0/8".parse().unwrap();
+        assert_eq!(blocks(&node), 0, "no block is that large");
+    }
+
+    #[test]
+    fn wireguard_goes_first_and_learns_its_node_from_the_route_below() {
+        let mut node = ipip_node();
+        node.links.push(link(5, "wireguard.cali", "wireguard"));
+        node.addresses.push(address(5, "10.244.120.65"));
+        node.routes.push(Entry {
+            table: 1,
+            ..entry("10.244.205.192/26", Some(5), None)
+        });
+        let anatomy = anatomy(&node).unwrap();
+        let routes: Vec<_> = anatomy
+            .routes
+            .iter()
+            .filter(|route| route.prefix.to_string() == "10.244.205.192/26")
+            .collect();
+        assert_eq!(routes[0].encap, Some(EncapKind::Wireguard));
+        assert_eq!(routes[0].remote_node, Some("192.168.49.3".parse().unwrap()));
+        assert_eq!(routes[1].encap, Some(EncapKind::Ipip));
+    }
 }

@@ -213,3 +213,115 @@ impl Groups {
         self.parents[one.max(other)] = one.min(other);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(netns: Netns, address: &str, gateways: &[&str], segments: &[usize]) -> Description {
+        Description {
+            netns,
+            addresses: vec![address.parse().unwrap()],
+            gateways: gateways.iter().map(|gateway| gateway.parse().unwrap()).collect(),
+            segments: segments.iter().copied().collect(),
+        }
+    }
+
+    #[test]
+    fn a_gateway_and_a_common_link_make_a_cluster() {
+        // The third is known to nobody, the fourth to the first by one side only.
+        let nodes = [
+            node(30, "192.168.49.2", &["192.168.49.3"], &[1]),
+            node(20, "192.168.49.3", &["192.168.49.2"], &[1, 2]),
+            node(10, "192.168.49.4", &[], &[1]),
+            node(40, "192.168.49.5", &["192.168.49.2"], &[1]),
+        ];
+        assert_eq!(clusters(&nodes), [20, 20, 10, 20]);
+    }
+
+    #[test]
+    fn equal_addresses_on_other_links_are_another_cluster() {
+        let nodes = [
+            node(1, "192.168.49.2", &["192.168.49.3"], &[1]),
+            node(2, "192.168.49.3", &["192.168.49.2"], &[1]),
+            node(3, "192.168.49.2", &["192.168.49.3"], &[2]),
+            node(4, "192.168.49.3", &["192.168.49.2"], &[2]),
+            node(5, "192.168.49.3", &["192.168.49.2"], &[]),
+        ];
+        assert_eq!(clusters(&nodes), [1, 1, 3, 3, 5]);
+    }
+
+    fn link(ifindex: u32, kind: &str, other: Option<(u32, Option<i32>)>) -> Link {
+        Link {
+            ifindex,
+            name: format!("eth{ifindex}"),
+            kind: Some(kind.to_owned()),
+            mtu: 1500,
+            flags: 1,
+            address: Vec::new(),
+            master: None,
+            link: other.map(|(link, _)| link),
+            link_netnsid: other.and_then(|(_, id)| id),
+            vlan: None,
+            vxlan: None,
+            ipip: None,
+        }
+    }
+
+    #[test]
+    fn segments_follow_veths_bridges_and_lower_devices() {
+        let bridged = |index, peer, id| Link {
+            master: Some(9),
+            ..link(index, "veth", Some((peer, Some(id))))
+        };
+        let vlan = |index, vid| Link {
+            vlan: Some(vid),
+            ..link(index, "vlan", Some((9, None)))
+        };
+        let known = HashMap::from([
+            (
+                1,
+                (
+                    vec![link(2, "veth", Some((5, Some(0))))],
+                    HashMap::from([(0, 100)]),
+                ),
+            ),
+            (
+                2,
+                (
+                    vec![link(2, "veth", Some((6, Some(0))))],
+                    HashMap::from([(0, 100)]),
+                ),
+            ),
+            (
+                3,
+                (
+                    vec![link(2, "macvlan", Some((9, Some(0))))],
+                    HashMap::from([(0, 100)]),
+                ),
+            ),
+            // Its number leads to a namespace that nobody knows.
+            (4, (vec![link(2, "veth", Some((6, Some(7))))], HashMap::new())),
+            (
+                100,
+                (
+                    vec![
+                        bridged(5, 2, 1),
+                        bridged(6, 2, 2),
+                        link(9, "bridge", None),
+                        vlan(10, 7),
+                        vlan(11, 8),
+                    ],
+                    HashMap::from([(1, 1), (2, 2)]),
+                ),
+            ),
+        ]);
+        let segments = Segments::join(&known);
+        let of = |netns, ifindex| segments.of((netns, ifindex, None)).unwrap();
+        assert_eq!(of(1, 2), of(2, 2));
+        assert_eq!(of(1, 2), of(3, 2));
+        assert_ne!(of(1, 2), of(4, 2));
+        assert_ne!(of(100, 10), of(100, 11), "two VLANs of one device are two links");
+        assert_ne!(of(100, 10), of(100, 9));
+    }
+}

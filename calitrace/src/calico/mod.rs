@@ -17,7 +17,8 @@ pub use names::workload_interface;
 pub use view::{NodeView, facts_changed, facts_gone};
 
 use crate::{
-    netns::{self, Found, Handle, NoPermission},
+    error::NoPermission,
+    netns::{self, Found, Handle},
     route,
 };
 

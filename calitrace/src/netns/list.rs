@@ -11,8 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use nix::{sys::statfs, unistd::Uid};
 
-use super::{Handle, NoPermission, vanished};
-use crate::event::Netns;
+use super::{Handle, vanished};
+use crate::{error::NoPermission, event::Netns};
 
 /// Where `ip netns` and container runtimes keep namespaces by name.
 const NAMED: [&str; 2] = ["/run/netns", "/var/run/netns"];
@@ -83,12 +83,10 @@ pub fn list() -> Result<Vec<Found>> {
         }
     }
     if denied > 0 && !Uid::effective().is_root() {
-        let purpose = format!("see the network namespaces of {denied} processes");
-        return Err(NoPermission {
-            capability: "CAP_SYS_PTRACE",
-            purpose,
-        }
-        .into());
+        let what = format!(
+            "seeing the network namespaces of {denied} processes needs CAP_SYS_PTRACE; run calitrace as root"
+        );
+        return Err(NoPermission { what }.into());
     }
     let mut found: Vec<_> = found.into_values().collect();
     for namespace in &mut found {

@@ -5,7 +5,7 @@
 
 mod list;
 
-use std::{fmt, fs::File, io, os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
+use std::{fs::File, io, os::unix::fs::MetadataExt as _, path::Path, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use nix::{
@@ -15,28 +15,7 @@ use nix::{
 
 pub use list::{Found, list, resolve};
 
-use crate::event::Netns;
-
-/// The caller lacks a privilege; says which, and for what.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NoPermission {
-    /// Name of the capability (`CAP_SYS_ADMIN`).
-    pub capability: &'static str,
-    /// What it is needed for.
-    pub purpose: String,
-}
-
-impl fmt::Display for NoPermission {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "no permission to {}: {} is missing, run calitrace as root",
-            self.purpose, self.capability
-        )
-    }
-}
-
-impl std::error::Error for NoPermission {}
+use crate::{error::NoPermission, event::Netns};
 
 /// An open network namespace. Cheap to clone; holds the namespace alive.
 #[derive(Clone, Debug)]
@@ -78,9 +57,8 @@ impl Handle {
                 .spawn(|| {
                     match setns(&self.file, CloneFlags::CLONE_NEWNET) {
                         Err(Errno::EPERM) => Err(anyhow::Error::new(NoPermission {
-                            capability: "CAP_SYS_ADMIN",
-                            purpose: format!("enter the network namespace {}", self.inode),
-                        })),
+ what: format!("entering the network namespace {} needs CAP_SYS_ADMIN; run calitrace as root", self.inode),
+})),
                         entered => {
                             entered.with_context(|| format!("enter the network namespace {}", self.inode))
                         }
