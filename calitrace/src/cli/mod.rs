@@ -7,14 +7,14 @@ mod read;
 
 use std::{
     ffi::OsString,
-    io::{self, Write as _},
+    io::{self, IsTerminal as _, Write as _},
 };
 
 use anyhow::{Context as _, Result};
 
 use crate::{
     pipeline::Pipeline,
-    sink::{Output, Sink},
+    sink::{Output, Sink, Terminal},
 };
 
 /// Does what a command line says, the program's name first. [`exit::report`] tells of an error.
@@ -57,7 +57,7 @@ fn init_log(verbose: u8) {
 
 /// Opens what a view writes to.
 fn open(view: &plan::View) -> Result<Pipeline> {
-    let mut sinks: Vec<Box<dyn Sink>> = vec![view.format.sink(Output::stdout())];
+    let mut sinks: Vec<Box<dyn Sink>> = vec![view.format.sink(Output::stdout(), terminal())];
     for file in &view.files {
         sinks.push(file.format.sink(Output::create(&file.path)?));
     }
@@ -66,6 +66,14 @@ fn open(view: &plan::View) -> Result<Pipeline> {
         view.count.map(Into::into),
         sinks,
     ))
+}
+
+/// The terminal that standard output is, if it is one.
+fn terminal() -> Option<Terminal> {
+    io::stdout().is_terminal().then(|| Terminal {
+        colours: colours_wanted(),
+        size: || terminal_size::terminal_size().map(|(columns, rows)| (columns.0, rows.0)),
+    })
 }
 
 /// Whether colours are wanted at all: <https://no-color.org>.

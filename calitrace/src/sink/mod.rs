@@ -7,10 +7,13 @@
 mod json;
 mod log;
 mod output;
+mod text;
+mod traceroute;
 
 use std::{io, path::Path, sync::Arc};
 
 pub use output::Output;
+pub use text::Terminal;
 
 use crate::{
     correlate::PacketTrace,
@@ -55,11 +58,14 @@ pub enum Format {
 }
 
 impl Format {
-    /// A sink of this form.
+    /// A sink of this form; `terminal` if it is one that `output` writes to.
     #[must_use]
-    pub fn sink(self, output: Output) -> Box<dyn Sink> {
-        match self {
-            Self::Json | Self::Text | Self::Traceroute => Box::new(json::Json::new(output)),
+    pub fn sink(self, output: Output, terminal: Option<Terminal>) -> Box<dyn Sink> {
+        match (self, terminal) {
+            (Self::Text, None) => Box::new(text::Text::new(output)),
+            (Self::Text, Some(terminal)) => Box::new(text::Live::new(output, terminal)),
+            (Self::Json, _) => Box::new(json::Json::new(output)),
+            (Self::Traceroute, _) => Box::new(traceroute::Traceroute::new(output)),
         }
     }
 }

@@ -1,0 +1,154 @@
+//! `-o text`: a block for each flow and probe run, for people.
+//!
+//! Into a pipe or file, each block is printed when it is due. On a terminal the flows that changed last are redrawn in
+//! place, as many as fit; finished probe runs stand above them.
+
+mod render;
+mod screen;
+mod sentence;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io::{self, Write},
+    sync::Arc,
+};
+
+pub use screen::Terminal;
+
+use self::render::Row;
+use super::Sink;
+use crate::{
+    correlate::PacketTrace,
+    event::Ledger,
+    view::{Block, Views},
+};
+
+/// The sink for pipes and files.
+#[derive(Debug)]
+pub(super) struct Text<W> {
+    output: W,
+    views: Views,
+    due: Vec<Block>,
+    begun: bool,
+    lost: u64,
+}
+
+impl<W: Write> Text<W> {
+    pub(super) fn new(output: W) -> Self {
+        Self {
+            output,
+            views: Views::default(),
+            due: Vec::new(),
+            begun: false,
+            lost: 0,
+        }
+    }
+
+    fn write_due(&mut self) -> io::Result<()> {
+        for block in self.due.drain(..) {
+            if std::mem::replace(&mut self.begun, true) {
+                self.output.write_all(b"\n")?;
+            }
+            for Row { text, .. } in render::block(&block) {
+                writeln!(self.output, "{text}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<W: Write + Send> Sink for Text<W> {
+    fn trace(&mut self, trace: &Arc<PacketTrace>) -> io::Result<()> {
+        self.views.push(trace);
+        Ok(())
+    }
+
+    fn tick(&mut self, now: u64) -> io::Result<()> {
+        self.views.due(now, &mut self.due);
+        self.write_due()?;
+        self.output.flush()
+    }
+
+    fn ledger(&mut self, ledger: &Ledger) -> io::Result<()> {
+        if let Some(row) = render::losses(ledger).filter(|_| ledger.lost() > self.lost) {
+            self.lost = ledger.lost();
+            writeln!(self.output, "{}", row.text)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.views.finish(&mut self.due);
+        self.write_due()?;
+        self.output.flush()
+    }
+}
+
+/// The sink for a terminal.
+#[derive(Debug)]
+pub(super) struct Live<W> {
+    screen: screen::Screen<W>,
+    views: Views,
+    due: Vec<Block>,
+    losses: Option<Row>,
+    drawn: u64,
+    changed: bool,
+}
+
+/// Nothing is redrawn more often than this, nanoseconds: a person cannot read faster.
+const REDRAW: u64 = 250_000_000;
+
+impl<W: Write> Live<W> {
+    pub(super) fn new(output: W, terminal: Terminal) -> Self {
+        Self {
+            screen: screen::Screen::new(output, terminal),
+            views: Views::default(),
+            due: Vec::new(),
+            losses: None,
+            drawn: 0,
+            changed: false,
+        }
+    }
+
+    fn draw(&mut self) -> io::Result<()> {
+        let runs = self
+            .due
+            .extract_if(.., |block| block.kind == crate::view::Kind::ProbeRun);
+        let above: Vec<Vec<Row>> = runs.map(|block| render::block(&block)).collect();
+        self.due.clear();
+        let (flows, all) = self.views.latest(self.screen.rows());
+        let blocks = flows.iter().map(render::block);
+        self.screen.draw(&above, blocks, all, self.losses.as_ref())
+    }
+}
+
+impl<W: Write + Send> Sink for Live<W> {
+    fn trace(&mut self, trace: &Arc<PacketTrace>) -> io::Result<()> {
+        self.views.push(trace);
+        self.changed = true;
+        Ok(())
+    }
+
+    fn tick(&mut self, now: u64) -> io::Result<()> {
+        self.views.due(now, &mut self.due);
+        self.changed |= !self.due.is_empty();
+        if self.changed && now.saturating_sub(self.drawn) >= REDRAW {
+            self.drawn = now;
+            self.changed = false;
+            self.draw()?;
+        }
+        Ok(())
+    }
+
+    fn ledger(&mut self, ledger: &Ledger) -> io::Result<()> {
+        self.losses = render::losses(ledger);
+        self.changed |= self.losses.is_some();
+        Ok(())
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        self.views.finish(&mut self.due);
+        self.draw()
+    }
+}

@@ -1,0 +1,240 @@
+//! A block as rows of text. How a packet ended is told in [`sentence`].
+
+use std::net::IpAddr;
+
+use super::{super::traceroute, sentence};
+use crate::{
+    correlate::{Certainty, NatKind, NatStep, PacketTrace},
+    event::{EncapKind, Ledger, Transport, has_ports, protocol_name},
+    view::{Block, Kind, Line, Step},
+};
+
+/// A row and how it looks where there are colours.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Row {
+    pub(super) look: Look,
+    pub(super) text: String,
+}
+
+/// How a row looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    Title,
+    Plain,
+    /// Detail.
+    Faint,
+    /// Trouble.
+    Alarm,
+}
+
+const INDENT: &str = "      ";
+
+/// All rows of a block.
+pub(super) fn block(block: &Block) -> Vec<Row> {
+    let mut rows = vec![
+        row(Look::Title, title(block)),
+        row(Look::Plain, traceroute::header(block)),
+    ];
+    for line in &block.lines {
+        rows.push(row(Look::Plain, hop(line)));
+        rows.extend(way(line).map(|text| row(Look::Faint, text)));
+        let nat = block
+            .latest
+            .nat
+            .iter()
+            .filter(|step| step.node.is_some() && step.node == line.node);
+        rows.extend(
+            nat.filter(|_| !line.way.is_empty())
+                .map(|step| row(Look::Faint, translation(step))),
+        );
+    }
+    if !block.stray.is_empty() {
+        rows.push(row(Look::Faint, format!("{INDENT}{}", steps(&block.stray))));
+    }
+    if block.later_probes > 0 {
+        rows.push(row(
+            Look::Faint,
+            format!("{INDENT}and {} probes with a higher TTL", block.later_probes),
+        ));
+    }
+    rows.extend(sentence::end(block));
+    rows
+}
+
+/// What the ledger says of losses, if anything was lost.
+pub(super) fn losses(ledger: &Ledger) -> Option<Row> {
+    let lost = ledger.lost();
+    (lost > 0).then(|| {
+        let seen: u64 = ledger
+            .rows
+            .iter()
+            .map(|row| row.recorded + row.ring_refused)
+            .sum();
+        row(
+            Look::Alarm,
+            format!("! {lost} of {seen} records were lost: traces may have gaps (try a larger --ring-size)"),
+        )
+    })
+}
+
+/// A row, made harmless: names come from other machines and files, and a terminal obeys what it prints.
+pub(super) fn row(look: Look, text: String) -> Row {
+    let text = if text.chars().any(char::is_control) {
+        text.replace(char::is_control, "\u{fffd}")
+    } else {
+        text
+    };
+    Row { look, text }
+}
+
+fn title(block: &Block) -> String {
+    let (flow, counts) = (&block.flow, &block.counts);
+    let mut parts = vec![
+        format!("{} → {}", sender(block), receiver(block)),
+        what(&block.latest),
+    ];
+    if block.kind == Kind::ProbeRun {
+        parts[1] = format!("traceroute by {}", protocol_name(flow.flow.proto).to_uppercase());
+        parts.push(format!("{} probes", counts.packets));
+    } else {
+        let plural = if counts.packets == 1 { "" } else { "s" };
+        let further = [
+            (counts.rejected, "rejected"),
+            (counts.expired, "expired"),
+            (counts.unknown, "unknown"),
+        ];
+        let further: Vec<String> = further
+            .iter()
+            .filter(|(number, _)| *number > 0)
+            .map(|(number, what)| format!(", {number} {what}"))
+            .collect();
+        let text = format!(
+            "{} packet{plural}, {} lost{}",
+            counts.packets,
+            counts.lost,
+            further.concat()
+        );
+        parts.push(text);
+    }
+    parts.extend(
+        block
+            .round_trip
+            .map(|time| format!("round trip {}", traceroute::milliseconds(time))),
+    );
+    parts.join("   ")
+}
+
+fn sender(block: &Block) -> String {
+    let flow = &block.flow.flow;
+    end_of_flow(
+        block.flow.src_pod.as_deref(),
+        flow.src,
+        port(block, flow.src_port),
+    )
+}
+
+fn receiver(block: &Block) -> String {
+    let flow = &block.flow.flow;
+    let port = port(block, flow.dst_port);
+    let pod = block.flow.dst_pod.as_deref();
+    // Behind a service, the sender wrote the service's address, and the pod has another one.
+    if block.latest.nat.iter().any(|step| step.kind == NatKind::Dnat) {
+        let service = end_of_flow(None, flow.dst, port);
+        return pod.map_or_else(|| service.clone(), |pod| format!("{service} ({pod})"));
+    }
+    let name = end_of_flow(pod, flow.dst, port);
+    match block.lines.last().and_then(|line| line.node.as_deref()) {
+        Some(node) if pod.is_none() && node.parse() != Ok(flow.dst) && is_receiver(block) => {
+            format!("{name} (on node {node})")
+        }
+        _ => name,
+    }
+}
+
+/// Whether the last line is the receiver's.
+fn is_receiver(block: &Block) -> bool {
+    let readings = block.lines.last().map(|line| line.readings.iter().flatten());
+    readings.is_some_and(|mut readings| readings.any(|reading| reading.address == block.flow.flow.dst))
+}
+
+fn end_of_flow(pod: Option<&str>, address: IpAddr, port: Option<u16>) -> String {
+    let name = match (pod, address, port) {
+        (Some(pod), ..) => pod.to_owned(),
+        (None, IpAddr::V6(address), Some(_)) => format!("[{address}]"),
+        (None, address, _) => address.to_string(),
+    };
+    port.map_or_else(|| name.clone(), |port| format!("{name}:{port}"))
+}
+
+/// Ports of a probe run change with each probe: they say nothing.
+fn port(block: &Block, port: u16) -> Option<u16> {
+    (block.kind == Kind::Flow && has_ports(block.flow.flow.proto) && port != 0).then_some(port)
+}
+
+fn what(packet: &PacketTrace) -> String {
+    let proto = packet.flow.flow.proto;
+    let name = match protocol_name(proto) {
+        name if name.starts_with(|c: char| c.is_ascii_digit()) => format!("protocol {name}"),
+        name if name == "icmpv6" => "ICMPv6".to_owned(),
+        name => name.to_uppercase(),
+    };
+    match &packet.packet.transport {
+        Transport::Echo { reply: false, .. } => format!("{name} echo"),
+        Transport::Echo { reply: true, .. } => format!("{name} echo reply"),
+        Transport::IcmpError { icmp_type, code, .. } => format!("{name} error {icmp_type}/{code}"),
+        Transport::Icmp { icmp_type, .. } => format!("{name} type {icmp_type}"),
+        _ => name,
+    }
+}
+
+fn hop(line: &Line) -> String {
+    let mut text = traceroute::hop(line);
+    if line.certainty == Certainty::Inferred {
+        text.push_str("  (inferred)");
+    }
+    text
+}
+
+fn way(line: &Line) -> Option<String> {
+    let node = line.node.as_deref();
+    match (line.way.is_empty(), node) {
+        (false, Some(node)) => Some(format!("{INDENT}{node}: {}", steps(&line.way))),
+        (false, None) => Some(format!("{INDENT}{}", steps(&line.way))),
+        // An unknown address, but a known node.
+        (true, Some(node)) if line.readings.iter().all(Option::is_none) => {
+            Some(format!("{INDENT}on node {node}, its address is not known here"))
+        }
+        (true, _) => None,
+    }
+}
+
+/// `cali8d02ed71817 → tunl0 IPIP 192.168.49.2 → 192.168.49.3 → eth0`.
+fn steps(steps: &[Step]) -> String {
+    let words: Vec<String> = steps
+        .iter()
+        .enumerate()
+        .map(|(index, step)| match step {
+            Step::Interface(name) if index == 0 => name.clone(),
+            Step::Interface(name) => format!(" → {name}"),
+            Step::Encapsulated(encap) => {
+                let kind = match encap.kind {
+                    EncapKind::Ipip => "IPIP",
+                    EncapKind::Vxlan => "VXLAN",
+                    EncapKind::Wireguard => "WireGuard",
+                };
+                let space = if index == 0 { "" } else { " " };
+                format!("{space}{kind} {} → {}", encap.src, encap.dst)
+            }
+        })
+        .collect();
+    words.concat()
+}
+
+fn translation(step: &NatStep) -> String {
+    let side = match step.kind {
+        NatKind::Dnat => "destination",
+        NatKind::Snat => "source",
+    };
+    let [from, to] = [step.from, step.to].map(|end| end_of_flow(None, end.address, end.port));
+    format!("{INDENT}{side} translated from {from} to {to}")
+}

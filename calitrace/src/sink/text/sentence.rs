@@ -1,0 +1,135 @@
+//! How a packet ended, in one sentence.
+
+use super::render::{Look, Row, row};
+use crate::{
+    correlate::{Answer, AnswerKind, DropReport, PacketTrace, Verdict},
+    view::{Block, Kind},
+};
+
+/// How the latest packet ended, where that is not simply delivery.
+pub(super) fn end(block: &Block) -> Option<Row> {
+    let packet = &*block.latest;
+    let run = block.kind == Kind::ProbeRun;
+    match packet.verdict {
+        Verdict::Dropped => Some(row(Look::Alarm, dropped(packet.drop.as_ref()))),
+        Verdict::Lost => Some(row(
+            Look::Alarm,
+            format!("✗ lost: {} and never reached the next node", departure(packet)),
+        )),
+        // The normal end of a probe run: the receiver's closed port, or one router less than there are.
+        Verdict::Rejected
+            if run
+                && packet
+                    .answer
+                    .as_ref()
+                    .is_some_and(|answer| answer.address == packet.flow.flow.dst) =>
+        {
+            None
+        }
+        Verdict::Expired if run => None,
+        Verdict::Rejected => Some(row(Look::Alarm, rejected(packet.answer.as_ref()))),
+        Verdict::Expired => Some(row(Look::Alarm, expired(packet))),
+        Verdict::Left => Some(row(
+            Look::Faint,
+            format!("→ {}; nobody beyond it is observed", departure(packet)),
+        )),
+        Verdict::Unknown => Some(row(
+            Look::Faint,
+            "? how it ended is unknown: records were lost, or hooks were not attached yet".into(),
+        )),
+        Verdict::Unfinished => Some(row(Look::Faint, "… still under way when observing ended".into())),
+        Verdict::Delivered => None,
+    }
+}
+
+fn dropped(report: Option<&DropReport>) -> String {
+    let Some(report) = report else {
+        return "✗ dropped".into();
+    };
+    let part = |word: &str, value: &Option<String>| value.as_ref().map(|value| format!(" {word} {value}"));
+    let parts = [
+        part("on node", &report.node),
+        part("at", &report.interface),
+        part("by policy", &report.policy),
+    ];
+    let place = parts.into_iter().flatten().collect::<Vec<_>>().concat();
+    let meaning = report.reason.as_deref().and_then(meaning);
+    let reason = match (report.reason.as_deref(), &report.location) {
+        (Some(reason), Some(location)) => Some(format!("{reason} at {location}")),
+        (None, Some(location)) => Some(format!("at {location}")),
+        (reason, None) => reason.map(str::to_owned),
+    };
+    let why: Vec<String> = meaning.map(str::to_owned).into_iter().chain(reason).collect();
+    let colon = if why.is_empty() { "" } else { ": " };
+    format!("✗ dropped{place}{colon}{}", why.join(", "))
+}
+
+/// The reasons one meets on a Calico node, in plain words (include/net/dropreason-core.h, Linux 6.18).
+fn meaning(reason: &str) -> Option<&'static str> {
+    Some(match reason {
+        "NETFILTER_DROP" => "netfilter (a policy or firewall rule)",
+        "IP_OUTNOROUTES" | "IP_INNOROUTES" => "no route",
+        "IP_RPFILTER" => "reverse path filter",
+        "PKT_TOO_BIG" => "larger than the MTU",
+        "NO_SOCKET" => "nobody listens",
+        "NEIGH_FAILED" | "NEIGH_QUEUEFULL" => "the next hop does not answer ARP",
+        "QDISC_DROP" | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
+        "TC_INGRESS" | "TC_EGRESS" => "a TC program",
+        "XDP" => "an XDP program",
+        "SOCKET_RCVBUFF" => "the receiver's socket buffer is full",
+        "IP_CSUM" | "TCP_CSUM" | "UDP_CSUM" | "ICMP_CSUM" => "bad checksum",
+        "DEV_READY" => "the device is down",
+        _ => return None,
+    })
+}
+
+fn rejected(answer: Option<&Answer>) -> String {
+    let Some(answer) = answer else {
+        return "✗ rejected".into();
+    };
+    let how = match (answer.kind, answer.icmp) {
+        (AnswerKind::Reset, _) => "TCP reset".to_owned(),
+        (_, Some((icmp_type, code))) => unreachable(icmp_type, code),
+        _ => "ICMP unreachable".to_owned(),
+    };
+    format!("✗ rejected by {}: {how}", answer.address)
+}
+
+/// RFC 792 and RFC 1812 (type 3), RFC 4443 (type 1).
+fn unreachable(icmp_type: u8, code: u8) -> String {
+    let name = match (icmp_type, code) {
+        (3, 0 | 6 | 11) | (1, 0) => "network",
+        (3, 1 | 7 | 12) | (1, 3) => "host",
+        (3, 2) => "protocol",
+        (3, 3) | (1, 4) => "port",
+        (3, 4) => return "ICMP fragmentation needed".into(),
+        (3, 9 | 10 | 13) | (1, 1) => return "ICMP administratively prohibited".into(),
+        _ => return format!("ICMP type {icmp_type}, code {code}"),
+    };
+    format!("ICMP {name} unreachable")
+}
+
+fn expired(packet: &PacketTrace) -> String {
+    let place = packet.hops.last();
+    match (
+        place.and_then(|hop| hop.node.as_deref()),
+        place.and_then(|hop| hop.address),
+    ) {
+        (Some(node), Some(address)) => format!("✗ expired on node {node} ({address}): the TTL ran out"),
+        (Some(node), None) => format!("✗ expired on node {node}: the TTL ran out"),
+        (None, Some(address)) => format!("✗ expired at {address}: the TTL ran out"),
+        (None, None) => "✗ expired: the TTL ran out".into(),
+    }
+}
+
+/// Where it was seen last.
+fn departure(packet: &PacketTrace) -> String {
+    let last = packet.observations.last();
+    let node = last.and_then(|sighting| sighting.node.as_deref());
+    let interface = last.and_then(|sighting| sighting.interface.as_deref());
+    match (node, interface) {
+        (Some(node), Some(interface)) => format!("left node {node} by {interface}"),
+        (Some(node), None) => format!("left node {node}"),
+        (None, _) => "left".into(),
+    }
+}
