@@ -3,11 +3,15 @@
 use std::ffi::CString;
 use std::fmt::{self, Display, Formatter};
 use std::fs;
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, unshare};
 
 use super::plan::{DeviceOrder, Encapsulation, Options};
+use crate::command;
 use crate::namespace::Namespace;
 
 const FALLBACK_TUNNELS: &str = "/proc/sys/net/core/fb_tunnels_only_for_init_net";
@@ -44,6 +48,23 @@ pub(super) fn must_be_made(namespace: &Namespace) -> Result<bool> {
         Ok(()) => Ok(true),
         Err(error) => Err(error.context(Unsupported("this kernel has no ipip devices".to_owned()))),
     }
+}
+
+/// Whether this kernel has ipip devices, tried in a nameless namespace. Needs root.
+pub(super) fn supported() -> Result<bool> {
+    let trial = || {
+        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
+        let mut ip = Command::new("ip");
+        let added =
+            command::output(ip.args(["link", "add", "trial", "type", "ipip", "remote", "192.0.2.1"]))?;
+        Ok(added.status.success())
+    };
+    thread::scope(|scope| {
+        scope
+            .spawn(trial)
+            .join()
+            .unwrap_or_else(|_| Err(anyhow!("a thread panicked")))
+    })
 }
 
 /// Namespaces made while this lives have no `tunl0` of the kernel's: one made later can come after the

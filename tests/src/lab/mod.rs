@@ -22,6 +22,7 @@ use nix::fcntl::Flock;
 
 use crate::command::{self, Running};
 use crate::namespace::Namespace;
+use crate::wait::wait_until;
 pub use ipip::Unsupported;
 use netfilter::{Policy, Rules};
 pub use plan::{DeviceOrder, Encapsulation, Node, Options, Pod};
@@ -66,6 +67,15 @@ impl Lab {
     /// Builds a lab that stays until [`remove`](Self::remove) takes it down; `id` is part of its names.
     pub fn up_to_stay(id: &str, options: &Options) -> Result<Self> {
         Self::build(id, options, true)
+    }
+
+    /// Whether this machine's kernel can carry a lab with this encapsulation. Needs root.
+    pub fn supports(encapsulation: Encapsulation) -> Result<bool> {
+        if encapsulation == Encapsulation::Ipip {
+            ipip::supported()
+        } else {
+            Ok(true)
+        }
     }
 
     /// Takes down the lab with this id, whoever built it. Returns whether there was one.
@@ -286,6 +296,7 @@ impl Lab {
             folder: folder.clone(),
             kept,
             options: options.clone(),
+            underlay: plan::namespace_name(id, UNDERLAY),
             nodes: nodes.to_vec(),
             pods: pods.clone(),
         };
@@ -348,7 +359,10 @@ impl Lab {
         if let Some(error) = failed {
             return Err(error);
         }
-        underlay.ip(&wiring::underlay(&nodes, self.options.ipv6))
+        underlay.ip(&wiring::underlay(&nodes, self.options.ipv6))?;
+        names
+            .iter()
+            .try_for_each(|name| wait_for_links(&Namespace::open(name)?))
     }
 
     fn build_node(&self, index: usize) -> Result<Child> {
@@ -383,6 +397,7 @@ impl Lab {
         node.ip(&wiring::workload(pod, &self.options))?;
         node.sysctls(wiring::workload_settings(&pod.interface))?;
         own.ip(&wiring::pod(pod, self.options.ipv6))?;
+        wait_for_links(&own)?;
         root::add_pod(&self.root(&pod.node), pod, &self.options)
     }
 
@@ -427,6 +442,20 @@ impl Lab {
         }
         registry::remove(&self.id).with_context(|| format!("cannot remove lab {}", self.id))
     }
+}
+
+/// Waits until every device of a namespace that is up can send: one whose peer has just come up still drops
+/// what it is given.
+fn wait_for_links(namespace: &Namespace) -> Result<()> {
+    wait_until(format!("the links of {} to be up", namespace.name()), || {
+        let list = command::run(namespace.command("ip").args(["-j", "link", "show", "up"]))?;
+        let links: Vec<serde_json::Value> =
+            serde_json::from_slice(&list.stdout).context("ip -j link show printed something else")?;
+        let ready = links
+            .iter()
+            .all(|link| matches!(link["operstate"].as_str(), Some("UP" | "UNKNOWN")));
+        Ok(ready.then_some(()))
+    })
 }
 
 impl Drop for Lab {

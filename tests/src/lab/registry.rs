@@ -32,6 +32,8 @@ pub struct Record {
     pub kept: bool,
     /// How it was built.
     pub options: Options,
+    /// The namespace that connects its nodes.
+    pub underlay: String,
     /// Its nodes.
     pub nodes: Vec<Node>,
     /// The pods it was built with.

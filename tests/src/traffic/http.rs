@@ -13,8 +13,8 @@ use crate::wait::{patience, wait_until};
 
 /// What a TCP socket counted over its whole life (`struct tcp_info` in `include/uapi/linux/tcp.h`).
 ///
-/// The side that accepted the connection counts neither the SYN it received nor the SYN-ACK it sent: its
-/// socket did not exist yet.
+/// The side that accepted the connection counts the SYN but not the SYN-ACK, which was sent before its
+/// socket existed (`tcp_create_openreq_child` in `net/ipv4/tcp_minisocks.c`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpCounts {
     /// Segments sent, each of a segmentation offload counted.
