@@ -13,13 +13,15 @@ use anyhow::Result;
 use calitrace_tests::{Encapsulation, Lab};
 use libtest_mimic::{Arguments, Trial};
 
+type Test = fn() -> Result<()>;
+
 fn main() -> ExitCode {
     if life::is_told_to_die() {
         return life::build_a_lab_and_die();
     }
     let arguments = Arguments::from_args();
     let root = nix::unistd::geteuid().is_root();
-    let tests: &[(&str, fn() -> Result<()>)] = &[
+    let tests: &[(&str, Test)] = &[
         ("paths::vxlan", paths::vxlan),
         ("paths::without_encapsulation", paths::without_encapsulation),
         ("paths::ipip", paths::ipip),

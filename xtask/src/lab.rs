@@ -111,7 +111,11 @@ fn up(encapsulation: How, order: Order) -> Result<()> {
 }
 
 fn down() -> Result<()> {
-    say(if Lab::remove(ID)? { "the lab is down" } else { "the lab is not up" });
+    say(if Lab::remove(ID)? {
+        "the lab is down"
+    } else {
+        "the lab is not up"
+    });
     Ok(())
 }
 
@@ -121,10 +125,14 @@ fn exec(part: &str, words: &[OsString]) -> Result<()> {
     let nodes = record.nodes.iter().map(|node| (&*node.name, &node.namespace));
     let underlay = (UNDERLAY, &record.underlay);
     let mut parts = nodes.chain(pods).chain([underlay]);
-    let (_, namespace) =
-        parts.find(|(name, _)| *name == part).with_context(|| format!("the lab has no part {part}"))?;
+    let (_, namespace) = parts
+        .find(|(name, _)| *name == part)
+        .with_context(|| format!("the lab has no part {part}"))?;
     let (program, arguments) = words.split_first().context("no command was given")?;
-    let error = Namespace::open(namespace)?.command(program).args(arguments).exec();
+    let error = Namespace::open(namespace)?
+        .command(program)
+        .args(arguments)
+        .exec();
     Err(error).with_context(|| format!("cannot run {} in {part}", program.display()))
 }
 
@@ -132,18 +140,34 @@ fn status() -> Result<()> {
     let record = record()?;
     let encapsulation = record.options.encapsulation;
     for node in &record.nodes {
-        let tunnel = encapsulation
-            .device()
-            .map_or_else(|| "no tunnel".to_owned(), |device| format!("{device} {}", node.tunnel_address));
-        say(&format!("{:<13} {}  {tunnel}  block {}", node.name, node.address, node.block));
+        let tunnel = encapsulation.device().map_or_else(
+            || "no tunnel".to_owned(),
+            |device| format!("{device} {}", node.tunnel_address),
+        );
+        say(&format!(
+            "{:<13} {}  {tunnel}  block {}",
+            node.name, node.address, node.block
+        ));
         for pod in record.pods.iter().filter(|pod| pod.node == node.name) {
-            say(&format!("  {:<11} {:<15} {}  {}", pod.id, pod.address, pod.interface, pod.full_name()));
+            say(&format!(
+                "  {:<11} {:<15} {}  {}",
+                pod.id,
+                pod.address,
+                pod.interface,
+                pod.full_name()
+            ));
         }
     }
     let [from, to] = [&record.pods[0], &record.pods[1]];
     say("");
-    say(&format!("cargo xtask lab exec {} -- ping {}", from.id, to.address));
-    say(&format!("cargo xtask lab exec {} -- traceroute {}", from.id, to.address));
+    say(&format!(
+        "cargo xtask lab exec {} -- ping {}",
+        from.id, to.address
+    ));
+    say(&format!(
+        "cargo xtask lab exec {} -- traceroute {}",
+        from.id, to.address
+    ));
     say("sudo target/release/calitrace watch");
     Ok(())
 }

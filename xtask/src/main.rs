@@ -2,6 +2,7 @@
 
 mod build;
 mod cargo;
+mod lab;
 mod lint;
 mod root;
 mod setup;
@@ -28,6 +29,8 @@ enum Verb {
     Setup,
     /// Build target/release/calitrace
     Build,
+    /// Two Calico nodes in network namespaces, to look around in
+    Lab(lab::Options),
     /// Check the format and run clippy, on the eBPF programs too
     Lint,
     /// Run the tests, layer by layer
@@ -48,6 +51,7 @@ fn run(verb: Verb) -> Result<()> {
     match verb {
         Verb::Setup => setup::everything(),
         Verb::Build => build::run(),
+        Verb::Lab(options) => lab::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
     }
