@@ -1,15 +1,36 @@
 //! The heart: observations and facts in, packet traces out.
 //!
 //! Pure: no I/O, no runtime, no clock reads. Time is the observations' own.
+//!
+//! An observation passes [`order`] (oldest first), [`join`] (whose packet is it?), and the steps of [`Correlator`] that
+//! say what it means for its trace; a deadline closes the trace, and [`close`] writes down what it was.
 
+mod answer;
+mod close;
+mod hops;
+mod join;
+mod key;
+mod ledger;
+mod nat;
+mod open;
+mod order;
+mod timers;
+mod topology;
 mod trace;
+mod verdict;
 
+use join::Sight;
+use nat::Translations;
+use open::{Answered, Id, Open, OpenTraces, Reached};
+use order::Order;
+use timers::{Hold, Timers};
+use topology::{Next, Topology};
 pub use trace::{
     Answer, AnswerKind, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep, PacketTrace,
     SightedEncap, Sighting, Verdict,
 };
 
-use crate::event::Item;
+use crate::event::{Hook, Item, Observation};
 
 /// Settings of a [`Correlator`].
 #[derive(Clone, Debug)]
@@ -18,25 +39,250 @@ pub struct Config {
     pub drain_period: u64,
 }
 
+/// Packet traces that may be open at once. Beyond it the oldest is closed as unknown.
+const MAX_OPEN: usize = 200_000;
+
 /// Joins observations into packet traces.
 #[derive(Debug)]
 pub struct Correlator {
     config: Config,
+    topology: Topology,
+    order: Order,
+    open: OpenTraces,
+    timers: Timers,
+    translations: Translations,
+    newest: u64,
+    evicted: u64,
 }
 
 impl Correlator {
     /// A correlator that knows nothing yet.
     pub fn new(config: Config) -> Self {
-        Self { config }
+        Self {
+            config,
+            topology: Topology::default(),
+            order: Order::default(),
+            open: OpenTraces::default(),
+            timers: Timers::default(),
+            translations: Translations::default(),
+            newest: 0,
+            evicted: 0,
+        }
     }
 
     /// Takes the next item; traces that close with it are appended to `closed`.
     pub fn push(&mut self, item: &Item, closed: &mut Vec<PacketTrace>) {
-        let _: (&Config, &Item, &Vec<PacketTrace>) = (&self.config, item, closed);
+        match item {
+            Item::Header(_) => {}
+            Item::Fact(fact) => self.topology.learn(fact),
+            Item::Ledger(ledger) => self.topology.ledgers.ledger(ledger),
+            Item::Observation(observation) => {
+                self.order.push(observation.clone());
+                self.advance(observation.time, closed);
+            }
+            Item::Tick { time } | Item::End { time } => self.advance(*time, closed),
+        }
     }
 
     /// Observing ended: closes what is open, as unfinished where nothing better is known.
     pub fn finish(&mut self, closed: &mut Vec<PacketTrace>) {
-        let _: (&Config, &Vec<PacketTrace>) = (&self.config, closed);
+        while let Some(observation) = self.order.pop(u64::MAX) {
+            self.expire(observation.time, closed);
+            self.observe(&observation, closed);
+        }
+        for index in self.open.all() {
+            self.close(index, self.newest, true, closed);
+        }
+    }
+
+    /// Packet traces that were closed before their time because too many were open.
+    pub fn evicted(&self) -> u64 {
+        self.evicted
+    }
+
+    fn advance(&mut self, time: u64, closed: &mut Vec<PacketTrace>) {
+        self.newest = self.newest.max(time);
+        let now = self.newest.saturating_sub(self.config.drain_period);
+        while let Some(observation) = self.order.pop(now) {
+            self.expire(observation.time, closed);
+            self.observe(&observation, closed);
+        }
+        self.expire(now, closed);
+    }
+
+    /// Closes what is due.
+    fn expire(&mut self, now: u64, closed: &mut Vec<PacketTrace>) {
+        while let Some((deadline, id)) = self.timers.due(now) {
+            if self.open.find(id).is_some_and(|trace| trace.close_at <= deadline) {
+                self.close(id.index, deadline, false, closed);
+            }
+        }
+    }
+
+    fn close(&mut self, index: u32, now: u64, ended: bool, closed: &mut Vec<PacketTrace>) {
+        let trace = self.open.remove(index);
+        closed.push(close::trace(&trace, &mut self.topology, now, ended));
+    }
+
+    fn observe(&mut self, observation: &Observation, closed: &mut Vec<PacketTrace>) {
+        let sight = Sight::new(observation, self.topology.place(observation.netns));
+        let joined = join::find(&sight, &self.open, &self.topology, &self.translations);
+        if joined.is_empty() {
+            self.make_room(closed);
+            let index = self.begin(&sight);
+            self.settle(index, &sight);
+            return;
+        }
+        for index in joined {
+            self.translate(index, &sight);
+            self.open.append(index, sight.seen());
+            self.settle(index, &sight);
+        }
+    }
+
+    fn make_room(&mut self, closed: &mut Vec<PacketTrace>) {
+        while self.open.len() >= MAX_OPEN {
+            let Some(id) = self.timers.oldest() else { return };
+            if let Some(trace) = self.open.find(id) {
+                let now = trace.last().time;
+                self.evicted += 1;
+                self.close(id.index, now, false, closed);
+            }
+        }
+    }
+
+    /// A packet is seen for the first time.
+    fn begin(&mut self, sight: &Sight<'_>) -> u32 {
+        let observation = sight.observation;
+        let cluster = sight.place.cluster;
+        let answers = answer::find(&self.open, cluster, &observation.packet, &sight.flow);
+        let index = self.open.insert(Open {
+            cluster,
+            packet: observation.packet.clone(),
+            part: sight.part,
+            flow: sight.flow,
+            current: sight.flow,
+            seen: Vec::with_capacity(6),
+            translations: Vec::new(),
+            reached: Reached::Nothing,
+            covered: 0,
+            drop: None,
+            answered: None,
+            answers: answers.map(|found| self.open.id(found.index)),
+            findable: false,
+            close_at: u64::MAX,
+        });
+        self.open.append(index, sight.seen());
+        self.hold(index, Hold::Begun, observation.time);
+        if let Some(found) = answers {
+            let answered = Answered {
+                kind: found.kind,
+                address: observation.packet.src,
+                rtt: None,
+                icmp: found.icmp,
+            };
+            self.open.get_mut(found.index).answered = Some(answered);
+            if !matches!(found.kind, AnswerKind::EchoReply | AnswerKind::SynAck) {
+                self.hold(found.index, Hold::Ended, observation.time);
+            }
+        }
+        index
+    }
+
+    /// The flow may have changed on the way.
+    fn translate(&mut self, index: u32, sight: &Sight<'_>) {
+        let trace = self.open.get_mut(index);
+        if trace.current == sight.flow {
+            return;
+        }
+        let (cluster, before) = (trace.cluster, trace.current);
+        trace
+            .translations
+            .extend(nat::steps(sight.place.node, &before, &sight.flow));
+        self.translations.remember(cluster, &before, &sight.flow);
+        self.open.translate(index, sight.flow);
+    }
+
+    /// What the last sighting says about where the packet got to.
+    fn settle(&mut self, index: u32, sight: &Sight<'_>) {
+        self.report(index, sight.observation);
+        let (topology, trace) = (&self.topology, self.open.get_mut(index));
+        let at = trace.seen.len() - 1;
+        let last = &trace.seen[at];
+        let (time, node, destination) = (last.time, last.node, trace.current.dst);
+        let reached = match last.hook {
+            Hook::KfreeSkb => {
+                let Some(drop) = &sight.observation.drop else {
+                    return;
+                };
+                let received = last.in_pod || trace.reached == Reached::Node;
+                if !(received && verdict::is_ordinary(&trace.part, drop)) {
+                    trace.drop = Some(Box::new((drop.clone(), at)));
+                    self.open.conceal(index);
+                    self.hold(index, Hold::Ended, time);
+                }
+                return;
+            }
+            Hook::WorkloadEgress if topology.is_delivery(trace.cluster, node, last.ifindex, destination) => {
+                Reached::Pod
+            }
+            Hook::UplinkEgress
+                if topology.next(node, last.encap.as_ref(), destination) == Next::Unobserved =>
+            {
+                Reached::Outside
+            }
+            Hook::WorkloadIngress | Hook::TunnelIngress | Hook::UplinkIngress
+                if last.encap.is_none() && topology.is_own(node, destination) =>
+            {
+                Reached::Node
+            }
+            _ => Reached::Nothing,
+        };
+        if reached == Reached::Nothing {
+            // What looked taken in by the node was sent on: a service on the node's own address.
+            if std::mem::replace(&mut trace.reached, reached) == Reached::Node {
+                self.hold(index, Hold::Begun, time);
+            }
+            return;
+        }
+        // Segments get there one by one; the packet is there with the last.
+        let (start, len) = trace.part.interval();
+        trace.covered += key::overlap(start, len, last.interval.0, last.interval.1);
+        if trace.covered >= len {
+            trace.reached = reached;
+            self.open.conceal(index);
+            self.hold(
+                index,
+                if reached == Reached::Outside {
+                    Hold::Ended
+                } else {
+                    Hold::Delivered
+                },
+                time,
+            );
+        }
+    }
+
+    /// An answer on its way back may be where the packet it answers was first seen: a round trip.
+    fn report(&mut self, index: u32, observation: &Observation) {
+        let Some(id) = self.open.get(index).answers else {
+            return;
+        };
+        let Some(probe) = self.open.find(id) else { return };
+        let first = probe.first();
+        let back = (first.netns, first.ifindex) == (observation.netns, observation.ifindex)
+            && first.is_ingress() != (observation.hook.direction() == crate::event::Direction::Ingress)
+            && observation.drop.is_none();
+        let rtt = observation.time.saturating_sub(first.time);
+        if let Some(answered) = probe.answered.as_mut().filter(|_| back) {
+            answered.rtt = Some(rtt);
+            answered.address = observation.packet.src;
+        }
+    }
+
+    /// Moves the deadline of a trace. One that has reached its end is never held longer than that takes.
+    fn hold(&mut self, index: u32, hold: Hold, time: u64) {
+        let id: Id = self.open.id(index);
+        self.open.get_mut(index).close_at = self.timers.set(id, hold, time);
     }
 }

@@ -1,0 +1,131 @@
+//! Which open trace a packet answers: ICMP errors by the packet they quote, echo replies, SYN-ACKs and resets by their
+//! numbers (RFC 792, RFC 4443, RFC 9293).
+
+use super::{
+    AnswerKind, key,
+    key::Part,
+    open::{Open, OpenTraces},
+};
+use crate::event::{Flow, Packet, Transport};
+
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
+
+/// An answer and the trace it is to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Match {
+    pub(super) index: u32,
+    pub(super) kind: AnswerKind,
+    pub(super) icmp: Option<(u8, u8)>,
+}
+
+/// What `packet` answers, if anything that is open.
+pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow) -> Option<Match> {
+    match packet.transport {
+        Transport::IcmpError {
+            icmp_type,
+            code,
+            ref quoted,
+            ..
+        } => {
+            let kind = icmp_error(packet.src.is_ipv6(), icmp_type, code)?;
+            let (flow, tag) = key::of_quoted(quoted);
+            let whole = |trace: &Open| {
+                trace.part.tag() == tag && (trace.packet.gso_segs > 1 || trace.packet.length == quoted.length)
+            };
+            let index = first(open, cluster, &flow, tag, whole)?;
+            Some(Match {
+                index,
+                kind,
+                icmp: Some((icmp_type, code)),
+            })
+        }
+        Transport::Echo { reply: true, seq, .. } => {
+            let request = |trace: &Open| matches!(trace.part, Part::Echo { reply: false, .. });
+            let index = first(open, cluster, &key::reverse(flow), seq.into(), request)?;
+            Some(Match {
+                index,
+                kind: AnswerKind::EchoReply,
+                icmp: None,
+            })
+        }
+        Transport::Tcp { seq, ack, flags, .. } if flags & RST != 0 => {
+            let index = reset(
+                open,
+                cluster,
+                &key::reverse(flow),
+                (flags & ACK != 0).then_some(ack),
+                seq,
+            )?;
+            Some(Match {
+                index,
+                kind: AnswerKind::Reset,
+                icmp: None,
+            })
+        }
+        Transport::Tcp { ack, flags, .. } if flags & (SYN | ACK) == SYN | ACK => {
+            let tag = ack.wrapping_sub(1);
+            let index = first(open, cluster, &key::reverse(flow), tag, is_syn)?;
+            Some(Match {
+                index,
+                kind: AnswerKind::SynAck,
+                icmp: None,
+            })
+        }
+        _ => None,
+    }
+}
+
+/// What an ICMP error says about the packet. Redirects and reassembly time-outs are not its end.
+fn icmp_error(v6: bool, icmp_type: u8, code: u8) -> Option<AnswerKind> {
+    match (v6, icmp_type, code) {
+        (false, 11, 0) | (true, 3, 0) => Some(AnswerKind::TimeExceeded),
+        (false, 3, _) | (true, 1 | 2, _) => Some(AnswerKind::Unreachable),
+        _ => None,
+    }
+}
+
+fn is_syn(trace: &Open) -> bool {
+    matches!(trace.part, Part::Tcp { flags, .. } if flags & (SYN | ACK) == SYN)
+}
+
+/// The oldest trace of the flow with that tag which is like that and has no answer yet.
+fn first(
+    open: &OpenTraces,
+    cluster: u32,
+    flow: &Flow,
+    tag: u32,
+    like: impl Fn(&Open) -> bool,
+) -> Option<u32> {
+    let traces = open.by_reference(cluster, flow, tag);
+    traces.iter().copied().find(|index| {
+        let trace = open.get(*index);
+        (trace.flow == *flow || trace.current == *flow) && trace.answered.is_none() && like(trace)
+    })
+}
+
+/// A reset acknowledges all of what it answers, or, to a packet with an acknowledgement, takes its number from there
+/// (RFC 9293, 3.5.2).
+fn reset(open: &OpenTraces, cluster: u32, flow: &Flow, ack: Option<u32>, seq: u32) -> Option<u32> {
+    open.recent(cluster, flow).iter().copied().find(|index| {
+        let trace = open.get(*index);
+        let Transport::Tcp {
+            seq: start,
+            ack: acknowledged,
+            flags,
+            payload,
+            ..
+        } = trace.packet.transport
+        else {
+            return false;
+        };
+        let numbers = payload + u32::from(flags & SYN != 0) + u32::from(flags & FIN != 0);
+        let answers = match ack {
+            Some(ack) => start.wrapping_add(numbers) == ack,
+            None => flags & ACK != 0 && acknowledged == seq,
+        };
+        answers && trace.answered.is_none() && (trace.flow == *flow || trace.current == *flow)
+    })
+}

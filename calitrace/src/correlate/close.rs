@@ -1,0 +1,128 @@
+//! Writes down a trace that closes: names in place of numbers, times from its beginning.
+
+use super::{
+    Answer, AnswerKind, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, hops, key,
+    open::{Open, Reached, Seen},
+    topology::Topology,
+    verdict,
+};
+use crate::{
+    event::{Direction, Hook},
+    kernel::hooks,
+};
+
+/// Version of the form of packet traces.
+const VERSION: u32 = 1;
+
+/// The trace as it is given out.
+pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool) -> PacketTrace {
+    learn(open, topology);
+    let verdict = verdict::of(open, topology, now, ended);
+    let (hops, ttl) = hops::of(open, topology, verdict);
+    let first = open.first();
+    let pod = |address| topology.owner(open.cluster, address).and_then(|owner| owner.name);
+    PacketTrace {
+        version: VERSION,
+        id: key::identity(&open.flow, &open.part, first.time),
+        flow: FlowName {
+            flow: open.flow,
+            src_pod: pod(open.flow.src),
+            dst_pod: pod(open.current.dst),
+        },
+        start: topology.realtime(first.time),
+        length: open.packet.length,
+        verdict,
+        drop: drop_report(open, topology),
+        answer: open.answered.map(|answered| Answer {
+            kind: answered.kind,
+            address: answered.address,
+            rtt_ns: answered.rtt,
+            icmp: answered.icmp,
+        }),
+        nat: open
+            .translations
+            .iter()
+            .map(|step| NatStep {
+                kind: step.kind,
+                node: topology.name(step.node).cloned(),
+                from: step.from,
+                to: step.to,
+            })
+            .collect(),
+        hops,
+        observations: open
+            .seen
+            .iter()
+            .map(|seen| sighting(seen, first.time, topology))
+            .collect(),
+        ttl,
+        netns: first.netns,
+        cluster: open.cluster,
+        start_monotonic: first.time,
+        closed_monotonic: now,
+        packet: open.packet.clone(),
+    }
+}
+
+/// A probe that expired right behind the last observed node shows that router's address to later packets.
+fn learn(open: &Open, topology: &mut Topology) {
+    let last = open.last();
+    let Some(answered) = open
+        .answered
+        .filter(|answered| answered.kind == AnswerKind::TimeExceeded)
+    else {
+        return;
+    };
+    if open.reached == Reached::Outside
+        && last.ttl == 1
+        && let Some(remote) = topology
+            .beyond(last.node, open.current.dst)
+            .and_then(|beyond| beyond.remote_node)
+    {
+        topology.show(last.node, remote, answered.address);
+    }
+}
+
+fn sighting(seen: &Seen, start: u64, topology: &Topology) -> Sighting {
+    Sighting {
+        node: topology.name(seen.node).cloned(),
+        netns: seen.netns,
+        interface: topology.interface_name(seen.netns, seen.ifindex).cloned(),
+        hook: hooks::row(seen.hook).name,
+        direction: match seen.hook.direction() {
+            Direction::Ingress => Some("ingress"),
+            Direction::Egress => Some("egress"),
+            Direction::None => None,
+        },
+        elapsed_ns: seen.time.saturating_sub(start),
+        ttl: seen.ttl,
+        length: seen.length,
+        encap: seen.encap.map(|encap| SightedEncap {
+            kind: encap.kind,
+            src: encap.src,
+            dst: encap.dst,
+            ttl: encap.ttl,
+            vni: encap.vni,
+        }),
+    }
+}
+
+fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
+    let (drop, index) = open.drop.as_deref()?;
+    let seen = &open.seen[*index];
+    let named = topology.interface_name(seen.netns, seen.ifindex);
+    let before = || {
+        let last = open.seen[..*index]
+            .iter()
+            .rev()
+            .find(|other| other.hook != Hook::KfreeSkb)?;
+        topology.interface_name(last.netns, last.ifindex)
+    };
+    Some(DropReport {
+        reason: drop.reason.clone(),
+        location: drop.location.clone(),
+        node: topology.name(seen.node).cloned(),
+        interface: named.or_else(before).cloned(),
+        policy: None,
+    })
+}

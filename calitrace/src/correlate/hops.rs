@@ -1,0 +1,324 @@
+//! The hops of a packet: routers by the TTL they lowered, the receiver last. What was not seen follows from routes and
+//! is marked inferred, or stays unknown.
+//!
+//! `ip_forward` lowers the TTL once on each node, before the FORWARD hook (`net/ipv4/ip_forward.c`, 6.1); tunnels do not
+//! touch the inner one. So a sighting with the TTL lowered k times lies behind the k-th router: on the way into a node
+//! it belongs to router k + 1, on the way out to router k.
+
+use std::net::IpAddr;
+
+use super::{
+    AnswerKind, Certainty, Hop, Verdict,
+    open::{Open, Reached, Seen},
+    topology::Topology,
+};
+use crate::event::{EncapKind, Hook, Netns};
+
+/// Routers and receiver of a trace, and the TTL at its sender.
+pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Hop>, u8) {
+    let mut way = Way::new(trace, topology);
+    for seen in &trace.seen {
+        way.pass(seen);
+    }
+    if !way.answered_on_the_way() {
+        match trace.reached {
+            Reached::Pod | Reached::Node => way.receive(),
+            Reached::Outside => way.go_on(verdict),
+            Reached::Nothing => {}
+        }
+    }
+    way.answer();
+    (way.hops, way.ttl)
+}
+
+struct Way<'a> {
+    trace: &'a Open,
+    topology: &'a Topology,
+    /// At the sender.
+    ttl: u8,
+    hops: Vec<Hop>,
+}
+
+impl<'a> Way<'a> {
+    /// The way up to the first sighting: what came before it was not seen.
+    fn new(trace: &'a Open, topology: &'a Topology) -> Self {
+        let first = trace.first();
+        let mut way = Self {
+            trace,
+            topology,
+            ttl: first.ttl,
+            hops: Vec::new(),
+        };
+        let source = trace.flow.src;
+        if way.is_sender(first, source) {
+            return way;
+        }
+        let remote = way.router_before(first, source);
+        let forwarded = u8::from(first.is_egress());
+        way.ttl = first.ttl.saturating_add(u8::from(remote.is_some()) + forwarded);
+        if let Some((address, node)) = remote {
+            let hop = way.hop(1);
+            hop.address = address;
+            hop.node = Some(node);
+        }
+        way
+    }
+
+    /// Whether the node (or the pod) of the first sighting is itself the sender.
+    fn is_sender(&self, first: &Seen, source: IpAddr) -> bool {
+        match first.hook {
+            Hook::WorkloadIngress => true,
+            Hook::KfreeSkb => first.in_pod || self.topology.is_own(first.node, source),
+            _ if first.is_egress() => self.topology.is_own(first.node, source),
+            _ => false,
+        }
+    }
+
+    /// The node that the packet was sent on by before it came to the first one observed: its address, if it is known
+    /// what it shows to the sender, and its name.
+    fn router_before(&self, first: &Seen, source: IpAddr) -> Option<(Option<IpAddr>, String)> {
+        let topology = self.topology;
+        if first.hook == Hook::KfreeSkb
+            || topology
+                .owner(self.trace.cluster, source)
+                .is_some_and(|owner| owner.node == first.node)
+        {
+            return None;
+        }
+        let beyond = topology.beyond(first.node, source)?;
+        beyond.gateway.filter(|gateway| *gateway != source)?;
+        let remote = first.encap.map(|encap| encap.src).or(beyond.remote_node)?;
+        beyond.remote_node.filter(|node| *node != source)?;
+        if let Some(node) = topology.node_of(self.trace.cluster, remote) {
+            if topology.is_own(node, source) {
+                return None;
+            }
+            let name = topology.name(node).cloned().unwrap_or_else(|| remote.to_string());
+            return Some((topology.hop_address(node, source, first.time), name));
+        }
+        Some((None, remote.to_string()))
+    }
+
+    /// The hop with this number (from 1), made if it is missing; those before it that nobody saw, too.
+    fn hop(&mut self, number: u8) -> &mut Hop {
+        while self.hops.len() < usize::from(number) {
+            let ttl = u8::try_from(self.hops.len() + 1).unwrap_or(u8::MAX);
+            self.hops.push(Hop {
+                ttl,
+                address: None,
+                node: None,
+                pod: None,
+                arrived_ns: None,
+                left_ns: None,
+                rtt_ns: None,
+                certainty: Certainty::Inferred,
+            });
+        }
+        &mut self.hops[usize::from(number) - 1]
+    }
+
+    /// The number of the next hop after all that are known.
+    fn next(&self) -> u8 {
+        u8::try_from(self.hops.len() + 1).unwrap_or(u8::MAX)
+    }
+
+    fn elapsed(&self, seen: &Seen) -> u64 {
+        seen.time.saturating_sub(self.trace.first().time)
+    }
+
+    /// Routers by a sighting.
+    fn pass(&mut self, seen: &Seen) {
+        let lowered = self.ttl.saturating_sub(seen.ttl);
+        let elapsed = self.elapsed(seen);
+        if seen.is_egress() {
+            if lowered > 0 {
+                let address = self.address(seen);
+                let node = self.topology.name(seen.node).cloned();
+                let hop = self.observed(lowered, address, node);
+                hop.left_ns = Some(hop.left_ns.map_or(elapsed, |left| left.min(elapsed)));
+            }
+        } else if seen.is_ingress() && !self.is_receiver(seen) {
+            let address = self.address(seen);
+            let node = self.topology.name(seen.node).cloned();
+            let hop = self.observed(lowered.saturating_add(1), address, node);
+            hop.arrived_ns = Some(hop.arrived_ns.map_or(elapsed, |arrived| arrived.min(elapsed)));
+        }
+    }
+
+    fn observed(&mut self, number: u8, address: Option<IpAddr>, node: Option<String>) -> &mut Hop {
+        let hop = self.hop(number);
+        hop.address = address.or(hop.address);
+        hop.node = node.or(hop.node.take());
+        hop.certainty = Certainty::Observed;
+        hop
+    }
+
+    /// Whether the packet was on its way in at the node that it is for.
+    fn is_receiver(&self, seen: &Seen) -> bool {
+        self.trace.reached == Reached::Node && self.topology.is_own(seen.node, self.trace.current.dst)
+    }
+
+    /// What the node's ICMP errors to the sender carry: the sender as this node sees it, which is before the node
+    /// translates the source on the way out.
+    fn address(&self, seen: &Seen) -> Option<IpAddr> {
+        let mut source = self.trace.flow.src;
+        for step in &self.trace.translations {
+            if step.node == seen.node {
+                break;
+            }
+            if step.kind == super::NatKind::Snat {
+                source = step.to.address;
+            }
+        }
+        self.topology.hop_address(seen.node, source, seen.time)
+    }
+
+    /// The packet reached its destination.
+    fn receive(&mut self) {
+        let trace = self.trace;
+        let to_node = trace.reached == Reached::Node;
+        let here = |seen: &&Seen| {
+            if to_node {
+                seen.is_ingress() && self.is_receiver(seen)
+            } else {
+                seen.hook == Hook::WorkloadEgress
+            }
+        };
+        let mut sightings = trace.seen.iter().filter(here);
+        let Some(first) = sightings.next() else { return };
+        let last = sightings.next_back().unwrap_or(first);
+        let number = self.ttl.saturating_sub(last.ttl).saturating_add(1);
+        let (arrived, left) = (self.elapsed(first), self.elapsed(last));
+        let node = self.topology.name(last.node).cloned();
+        let pod = self.pod();
+        let address = trace.flow.dst;
+        let hop = self.hop(number);
+        hop.address = Some(address);
+        hop.node = node;
+        hop.pod = pod;
+        hop.arrived_ns = Some(arrived);
+        hop.left_ns = Some(left);
+        hop.certainty = if to_node {
+            Certainty::Inferred
+        } else {
+            Certainty::Observed
+        };
+    }
+
+    fn pod(&self) -> Option<String> {
+        let owner = self.topology.owner(self.trace.cluster, self.trace.current.dst)?;
+        owner.name
+    }
+
+    /// The way beyond the last node observed, as far as its routes tell.
+    fn go_on(&mut self, verdict: Verdict) {
+        let last = self.trace.last();
+        let destination = self.trace.current.dst;
+        let Some(beyond) = self.topology.beyond(last.node, destination) else {
+            return;
+        };
+        let Some(gateway) = beyond.gateway else {
+            return self.receiver_inferred(None);
+        };
+        let Some(remote) = beyond.remote_node.or_else(|| beyond.encap.and(Some(gateway))) else {
+            // Out of the cluster: who comes after the gateway is not known here.
+            return self.inferred(Some(gateway), None);
+        };
+        let shown = self.topology.shown(last.node, remote);
+        let address = match beyond.encap {
+            Some(EncapKind::Ipip | EncapKind::Wireguard) => shown,
+            Some(EncapKind::Vxlan) | None => Some(gateway),
+        };
+        let node = self.node_name(remote);
+        if destination != gateway && destination != remote && Some(destination) != address {
+            self.inferred(address, Some(node.clone()));
+        }
+        if verdict != Verdict::Expired {
+            self.receiver_inferred(Some(node));
+        }
+    }
+
+    fn node_name(&self, address: IpAddr) -> String {
+        let node: Option<Netns> = self.topology.node_of(self.trace.cluster, address);
+        node.and_then(|node| self.topology.name(node).cloned())
+            .unwrap_or_else(|| address.to_string())
+    }
+
+    fn inferred(&mut self, address: Option<IpAddr>, node: Option<String>) {
+        let number = self.next();
+        let hop = self.hop(number);
+        hop.address = address;
+        hop.node = node;
+    }
+
+    fn receiver_inferred(&mut self, node: Option<String>) {
+        let (address, pod) = (self.trace.flow.dst, self.pod());
+        let number = self.next();
+        let hop = self.hop(number);
+        hop.address = Some(address);
+        hop.node = node;
+        hop.pod = pod;
+    }
+
+    /// Whether a router answered that is among the hops already: the way ends there.
+    fn answered_on_the_way(&self) -> bool {
+        let Some(answered) = &self.trace.answered else {
+            return false;
+        };
+        self.trace.drop.is_some()
+            && self.trace.reached == Reached::Nothing
+            && answered.kind == AnswerKind::TimeExceeded
+    }
+
+    /// The hop that answered.
+    fn answer(&mut self) {
+        let Some(answered) = self.trace.answered else {
+            return;
+        };
+        let number = match answered.kind {
+            // The TTL says which router it ran out at.
+            AnswerKind::TimeExceeded => self.ttl.max(1),
+            _ if answered.address == self.trace.flow.dst || answered.address == self.trace.current.dst => {
+                self.receiver_number()
+            }
+            _ => match self
+                .hops
+                .iter()
+                .position(|hop| hop.address == Some(answered.address))
+            {
+                Some(index) => self.hops[index].ttl,
+                None => u8::try_from(self.hops.len()).unwrap_or(u8::MAX).max(1),
+            },
+        };
+        if answered.kind == AnswerKind::TimeExceeded {
+            self.hops.truncate(usize::from(number));
+        }
+        let router = answered.kind == AnswerKind::TimeExceeded || answered.address != self.trace.flow.dst;
+        let ends_here = matches!(answered.kind, AnswerKind::TimeExceeded | AnswerKind::Unreachable);
+        let node = self.topology.node_of(self.trace.cluster, answered.address);
+        let name = node.and_then(|node| self.topology.name(node).cloned());
+        let hop = self.hop(number);
+        hop.rtt_ns = answered.rtt;
+        if router && ends_here {
+            hop.address = Some(answered.address);
+            hop.node = hop.node.take().or(name);
+            hop.certainty = Certainty::Observed;
+        } else if matches!(answered.kind, AnswerKind::Unreachable | AnswerKind::Reset) {
+            hop.certainty = Certainty::Observed;
+        }
+    }
+
+    /// The receiver's line, made if it is missing.
+    fn receiver_number(&mut self) -> u8 {
+        let address = self.trace.flow.dst;
+        let last = self
+            .hops
+            .last()
+            .filter(|hop| hop.address == Some(address))
+            .map(|hop| hop.ttl);
+        last.unwrap_or_else(|| {
+            self.receiver_inferred(None);
+            u8::try_from(self.hops.len()).unwrap_or(u8::MAX)
+        })
+    }
+}

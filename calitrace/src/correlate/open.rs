@@ -1,0 +1,386 @@
+//! Open packet traces and the indexes by which observations and answers find them. Knows how to keep and find; whether
+//! two sightings may be of one packet is decided in [`super::join`].
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use super::{
+    AnswerKind, Endpoint, NatKind,
+    key::{self, Part},
+    timers::Hold,
+};
+use crate::event::{Direction, Drop, Encap, Flow, Hook, Netns, Packet};
+
+/// Names an open trace; of one that was closed and whose place was taken it names nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Id {
+    pub(super) index: u32,
+    pub(super) generation: u32,
+}
+
+/// A sighting as it is kept while the trace is open.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) time: u64,
+    pub(super) skb: u64,
+    pub(super) netns: Netns,
+    /// The node; in a pod's own namespace the pod's.
+    pub(super) node: Netns,
+    pub(super) ifindex: u32,
+    pub(super) length: u32,
+    /// Sequence interval of TCP data.
+    pub(super) interval: (u32, u32),
+    pub(super) hook: Hook,
+    pub(super) ttl: u8,
+    pub(super) in_pod: bool,
+    pub(super) encap: Option<Encap>,
+}
+
+impl Seen {
+    pub(super) fn is_ingress(&self) -> bool {
+        self.hook.direction() == Direction::Ingress
+    }
+
+    pub(super) fn is_egress(&self) -> bool {
+        self.hook.direction() == Direction::Egress
+    }
+}
+
+/// An address translation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Translation {
+    pub(super) kind: NatKind,
+    pub(super) node: Netns,
+    pub(super) from: Endpoint,
+    pub(super) to: Endpoint,
+}
+
+/// Where a packet got to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reached {
+    /// It is under way.
+    Nothing,
+    /// It passed the last egress hook of its destination's interface.
+    Pod,
+    /// A node took it in that has the destination's address.
+    Node,
+    /// It left an uplink, and nobody beyond is observed.
+    Outside,
+}
+
+/// Who answered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Answered {
+    pub(super) kind: AnswerKind,
+    pub(super) address: IpAddr,
+    pub(super) rtt: Option<u64>,
+    pub(super) icmp: Option<(u8, u8)>,
+}
+
+/// An open trace.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub(super) cluster: u32,
+    /// As first observed.
+    pub(super) packet: Packet,
+    pub(super) part: Part,
+    /// The flow as the sender wrote it.
+    pub(super) flow: Flow,
+    /// The flow as it is now.
+    pub(super) current: Flow,
+    pub(super) seen: Vec<Seen>,
+    pub(super) translations: Vec<Translation>,
+    pub(super) reached: Reached,
+    /// Bytes of TCP data that reached the destination.
+    pub(super) covered: u32,
+    /// The drop, and the sighting that was it.
+    pub(super) drop: Option<Box<(Drop, usize)>>,
+    pub(super) answered: Option<Answered>,
+    /// The trace that this packet answers.
+    pub(super) answers: Option<Id>,
+    /// Packets to come may be this one: it is in the index by content.
+    pub(super) findable: bool,
+    pub(super) close_at: u64,
+}
+
+impl Open {
+    pub(super) fn first(&self) -> &Seen {
+        &self.seen[0]
+    }
+
+    pub(super) fn last(&self) -> &Seen {
+        &self.seen[self.seen.len() - 1]
+    }
+
+    /// The last sighting that has bytes in common with `interval`; of anything but TCP data the last one.
+    pub(super) fn last_of(&self, (seq, len): (u32, u32)) -> &Seen {
+        if len == 0 {
+            return self.last();
+        }
+        let shares = |seen: &&Seen| key::overlap(seen.interval.0, seen.interval.1, seq, len) > 0;
+        self.seen
+            .iter()
+            .rev()
+            .find(shares)
+            .unwrap_or_else(|| self.first())
+    }
+}
+
+type Bucket = SmallVec<[u32; 2]>;
+
+/// Traces with one reference key that are kept for answers, the latest.
+const REFERENCES: usize = 32;
+
+#[derive(Debug, Default)]
+struct Slot {
+    generation: u32,
+    open: Option<Open>,
+}
+
+/// The open traces.
+#[derive(Debug, Default)]
+pub(super) struct OpenTraces {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// By node and address of the `sk_buff`.
+    skbs: FxHashMap<(Netns, u64), u32>,
+    /// By [`key::content`], the oldest first.
+    content: FxHashMap<u64, Bucket>,
+    /// By [`key::stream`] and start of the sequence interval.
+    streams: FxHashMap<u64, Stream>,
+    /// By [`key::reference`], and what a reset can answer by [`key::stream`] too; the oldest first.
+    references: FxHashMap<u64, Bucket>,
+}
+
+#[derive(Debug, Default)]
+struct Stream {
+    starts: BTreeMap<u32, Bucket>,
+    /// The longest interval there was.
+    longest: u32,
+}
+
+impl OpenTraces {
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    pub(super) fn get(&self, index: u32) -> &Open {
+        self.slots[index as usize]
+            .open
+            .as_ref()
+            .expect("indexes name open traces only")
+    }
+
+    pub(super) fn get_mut(&mut self, index: u32) -> &mut Open {
+        self.slots[index as usize]
+            .open
+            .as_mut()
+            .expect("indexes name open traces only")
+    }
+
+    pub(super) fn id(&self, index: u32) -> Id {
+        Id {
+            index,
+            generation: self.slots[index as usize].generation,
+        }
+    }
+
+    /// The trace, if it is still open.
+    pub(super) fn find(&mut self, id: Id) -> Option<&mut Open> {
+        let slot = self.slots.get_mut(id.index as usize)?;
+        slot.open.as_mut().filter(|_| slot.generation == id.generation)
+    }
+
+    /// Opens a trace.
+    pub(super) fn insert(&mut self, open: Open) -> u32 {
+        let (cluster, flow, part) = (open.cluster, open.flow, open.part);
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            u32::try_from(self.slots.len() - 1).expect("far fewer traces are open than 2^32")
+        });
+        self.slots[index as usize].open = Some(open);
+        self.refer(index, cluster, &flow, part);
+        self.publish(index);
+        index
+    }
+
+    /// Adds a sighting, by which the `sk_buff` now finds the trace.
+    pub(super) fn append(&mut self, index: u32, seen: Seen) {
+        if seen.skb != 0 {
+            self.skbs.insert((seen.node, seen.skb), index);
+        }
+        self.get_mut(index).seen.push(seen);
+    }
+
+    /// The flow of a trace changes.
+    pub(super) fn translate(&mut self, index: u32, flow: Flow) {
+        self.conceal(index);
+        let open = self.get_mut(index);
+        open.current = flow;
+        let (cluster, part) = (open.cluster, open.part);
+        self.refer(index, cluster, &flow, part);
+        self.publish(index);
+    }
+
+    /// Nothing that comes by content can be this packet any more.
+    pub(super) fn conceal(&mut self, index: u32) {
+        let open = self.get_mut(index);
+        if !std::mem::replace(&mut open.findable, false) {
+            return;
+        }
+        let (cluster, flow, part) = (open.cluster, open.current, open.part);
+        take(&mut self.content, key::content(cluster, &flow, &part), index);
+        if part.is_stream() {
+            let stream = key::stream(cluster, &flow);
+            if let Some(starts) = self.streams.get_mut(&stream) {
+                let start = part.interval().0;
+                if let Some(bucket) = starts.starts.get_mut(&start) {
+                    bucket.retain(|other| *other != index);
+                    if bucket.is_empty() {
+                        starts.starts.remove(&start);
+                    }
+                }
+                if starts.starts.is_empty() {
+                    self.streams.remove(&stream);
+                }
+            }
+        }
+    }
+
+    fn publish(&mut self, index: u32) {
+        let open = self.get_mut(index);
+        open.findable = true;
+        let (cluster, flow, part) = (open.cluster, open.current, open.part);
+        self.content
+            .entry(key::content(cluster, &flow, &part))
+            .or_default()
+            .push(index);
+        if part.is_stream() {
+            let (start, len) = part.interval();
+            let stream = self.streams.entry(key::stream(cluster, &flow)).or_default();
+            stream.starts.entry(start).or_default().push(index);
+            stream.longest = stream.longest.max(len);
+        }
+    }
+
+    fn refer(&mut self, index: u32, cluster: u32, flow: &Flow, part: Part) {
+        let mut push = |key| {
+            let bucket = self.references.entry(key).or_default();
+            if bucket.len() >= REFERENCES {
+                bucket.remove(0);
+            }
+            bucket.push(index);
+        };
+        push(key::reference(cluster, flow, part.tag()));
+        if part.is_resettable() {
+            push(key::stream(cluster, flow));
+        }
+    }
+
+    /// Takes a trace out.
+    pub(super) fn remove(&mut self, index: u32) -> Open {
+        self.conceal(index);
+        let slot = &mut self.slots[index as usize];
+        let open = slot.open.take().expect("indexes name open traces only");
+        slot.generation = slot.generation.wrapping_add(1);
+        self.free.push(index);
+        for seen in &open.seen {
+            let skb = (seen.node, seen.skb);
+            if self.skbs.get(&skb) == Some(&index) {
+                self.skbs.remove(&skb);
+            }
+        }
+        for flow in [open.flow, open.current] {
+            take(
+                &mut self.references,
+                key::reference(open.cluster, &flow, open.part.tag()),
+                index,
+            );
+            if open.part.is_resettable() {
+                take(&mut self.references, key::stream(open.cluster, &flow), index);
+            }
+        }
+        open
+    }
+
+    /// The trace that the `sk_buff` was last seen in.
+    pub(super) fn by_skb(&self, node: Netns, skb: u64) -> Option<u32> {
+        if skb == 0 {
+            None
+        } else {
+            self.skbs.get(&(node, skb)).copied()
+        }
+    }
+
+    /// Traces with this content, the oldest first.
+    pub(super) fn by_content(&self, cluster: u32, flow: &Flow, part: &Part) -> &[u32] {
+        self.content
+            .get(&key::content(cluster, flow, part))
+            .map_or(&[], |bucket| bucket.as_slice())
+    }
+
+    /// Traces whose TCP data has bytes in common with `part`, in order of their first byte, those with the same one
+    /// in order of time.
+    pub(super) fn by_interval(&self, cluster: u32, flow: &Flow, part: &Part) -> SmallVec<[u32; 8]> {
+        let mut found = SmallVec::new();
+        let (seq, len) = part.interval();
+        let Some(stream) = self.streams.get(&key::stream(cluster, flow)).filter(|_| len > 0) else {
+            return found;
+        };
+        let from = seq.wrapping_sub(stream.longest.saturating_sub(1));
+        let to = seq.wrapping_add(len - 1);
+        let mut collect = |from, to| {
+            for (start, bucket) in stream.starts.range(from..=to) {
+                let overlaps = |index: &&u32| {
+                    let (_, other) = self.get(**index).part.interval();
+                    key::overlap(seq, len, *start, other) > 0
+                };
+                found.extend(bucket.iter().filter(overlaps).copied());
+            }
+        };
+        if from <= to {
+            collect(from, to);
+        } else {
+            collect(from, u32::MAX);
+            collect(0, to);
+        }
+        found
+    }
+
+    /// Traces that an answer to this flow and tag may mean, the oldest first.
+    pub(super) fn by_reference(&self, cluster: u32, flow: &Flow, tag: u32) -> &[u32] {
+        self.references
+            .get(&key::reference(cluster, flow, tag))
+            .map_or(&[], |bucket| bucket.as_slice())
+    }
+
+    /// The latest traces of a TCP flow that a reset can answer, the oldest first.
+    pub(super) fn recent(&self, cluster: u32, flow: &Flow) -> &[u32] {
+        self.references
+            .get(&key::stream(cluster, flow))
+            .map_or(&[], |bucket| bucket.as_slice())
+    }
+
+    /// Everything that is open, in order of its beginning.
+    pub(super) fn all(&self) -> Vec<u32> {
+        let mut all: Vec<u32> = (0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX))
+            .filter(|index| self.slots[*index as usize].open.is_some())
+            .collect();
+        all.sort_by_key(|index| self.get(*index).first().time);
+        all
+    }
+}
+
+fn take(index: &mut FxHashMap<u64, Bucket>, key: u64, trace: u32) {
+    if let Some(bucket) = index.get_mut(&key) {
+        bucket.retain(|other| *other != trace);
+        if bucket.is_empty() {
+            index.remove(&key);
+        }
+    }
+}
+
+/// The longest a trace may be found by content after its first sighting.
+pub(super) const WINDOW: u64 = Hold::Begun.length();

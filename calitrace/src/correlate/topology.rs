@@ -1,0 +1,381 @@
+//! What the facts say: nodes, interfaces, pods, routes, hop addresses, translations. Answers questions about places and
+//! addresses; knows nothing of packets and traces.
+
+use std::{cell::RefCell, net::IpAddr};
+
+use ipnet::IpNet;
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use super::ledger::Ledgers;
+use crate::event::{
+    Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+};
+
+/// The cluster of namespaces that belong to no known node. Packets there are joined with nothing but themselves.
+pub(super) const NO_CLUSTER: u32 = u32::MAX;
+
+/// Where an observation was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// The node's namespace; the observation's own if it is no node's.
+    pub(super) node: Netns,
+    /// The node's cluster, or [`NO_CLUSTER`].
+    pub(super) cluster: u32,
+    /// It was in the own namespace of a pod of the node.
+    pub(super) in_pod: bool,
+}
+
+/// Who owns an address.
+#[derive(Clone, Debug)]
+pub(super) struct Owner {
+    pub(super) node: Netns,
+    pub(super) name: Option<String>,
+}
+
+/// Where a packet goes from a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// To a node that is observed.
+    Node(Netns),
+    /// Out of sight.
+    Unobserved,
+}
+
+/// What a route says about the way beyond a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Beyond {
+    /// The gateway; none when the destination is on the link.
+    pub(super) gateway: Option<IpAddr>,
+    /// The encapsulation of the output device.
+    pub(super) encap: Option<EncapKind>,
+    /// The address of the node behind it; none for a route out of the cluster.
+    pub(super) remote_node: Option<IpAddr>,
+}
+
+#[derive(Debug, Default)]
+struct NodeInfo {
+    name: Option<String>,
+    cluster: Option<u32>,
+    addresses: Vec<IpAddr>,
+    routes: Vec<Route>,
+    /// Index of the route by destination.
+    looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
+    interfaces: FxHashMap<u32, (String, Role)>,
+}
+
+#[derive(Debug)]
+struct PodInfo {
+    node: Netns,
+    ifindex: u32,
+    name: Option<String>,
+    gone: bool,
+}
+
+/// Look-ups kept for each node; destinations are few, so when there are more they are forgotten all at once.
+const LOOKED_UP: usize = 65_536;
+/// Former hop addresses kept for packets that passed before a change.
+const HISTORY: usize = 4;
+
+/// Hop addresses with the times since when they hold, the oldest first.
+type History = SmallVec<[(u64, Option<IpAddr>); 1]>;
+
+/// The tables.
+#[derive(Debug, Default)]
+pub(super) struct Topology {
+    nodes: FxHashMap<Netns, NodeInfo>,
+    clusters: SmallVec<[u32; 4]>,
+    pods: FxHashMap<IpAddr, SmallVec<[PodInfo; 1]>>,
+    pod_namespaces: FxHashMap<Netns, (Netns, u32)>,
+    node_addresses: FxHashMap<IpAddr, SmallVec<[Netns; 1]>>,
+    hop_addresses: FxHashMap<(Netns, IpAddr), History>,
+    learned: FxHashMap<(Netns, IpAddr), IpAddr>,
+    services: Vec<IpNet>,
+    clock: Option<Clock>,
+    /// What was observed and what was lost.
+    pub(super) ledgers: Ledgers,
+}
+
+impl Topology {
+    /// Takes a fact. It holds at once: what it says came before the observations that need it.
+    pub(super) fn learn(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Node(node) => self.node(node),
+            Fact::Interface(interface) => self.interface(interface),
+            Fact::Pod(pod) => self.pod(pod),
+            Fact::Routes { netns, routes, .. } => {
+                let node = self.nodes.entry(*netns).or_default();
+                node.routes.clone_from(routes);
+                node.routes
+                    .sort_by_key(|route| std::cmp::Reverse(route.prefix.prefix_len()));
+                node.looked_up.get_mut().clear();
+            }
+            Fact::HopAddress(hop) => self.hop(hop),
+            Fact::Services { prefixes, .. } => self.services.clone_from(prefixes),
+            Fact::Clock(clock) => self.clock = Some(*clock),
+            Fact::Attachment(attachment) => self.ledgers.attachment(attachment),
+        }
+    }
+
+    fn node(&mut self, node: &Node) {
+        let info = self.nodes.entry(node.netns).or_default();
+        for address in &info.addresses {
+            if let Some(owners) = self.node_addresses.get_mut(address) {
+                owners.retain(|owner| *owner != node.netns);
+            }
+        }
+        for address in &node.addresses {
+            let owners = self.node_addresses.entry(*address).or_default();
+            if !owners.contains(&node.netns) {
+                owners.push(node.netns);
+            }
+        }
+        info.name = Some(node.name.clone());
+        info.cluster = Some(node.cluster);
+        info.addresses.clone_from(&node.addresses);
+        self.clusters = self.nodes.values().filter_map(|info| info.cluster).collect();
+        self.clusters.sort_unstable();
+        self.clusters.dedup();
+    }
+
+    /// A name outlives its interface, for the packets that are still under way.
+    fn interface(&mut self, interface: &Interface) {
+        if !interface.gone {
+            let node = self.nodes.entry(interface.netns).or_default();
+            node.interfaces
+                .insert(interface.ifindex, (interface.name.clone(), interface.role));
+        }
+    }
+
+    /// A pod's name outlives it, too, until the address has another owner.
+    fn pod(&mut self, pod: &Pod) {
+        for address in &pod.addresses {
+            let owners = self.pods.entry(*address).or_default();
+            let known = owners.iter_mut().find(|owner| owner.node == pod.netns);
+            if pod.gone {
+                if let Some(owner) = known.filter(|owner| owner.ifindex == pod.ifindex) {
+                    owner.gone = true;
+                }
+                continue;
+            }
+            let info = PodInfo {
+                node: pod.netns,
+                ifindex: pod.ifindex,
+                name: pod.name.clone(),
+                gone: false,
+            };
+            match known {
+                Some(owner) => *owner = info,
+                None => owners.push(info),
+            }
+        }
+        if let Some(namespace) = pod.pod_netns
+            && !pod.gone
+        {
+            self.pod_namespaces.insert(namespace, (pod.netns, pod.ifindex));
+        }
+    }
+
+    fn hop(&mut self, hop: &HopAddress) {
+        let history = self.hop_addresses.entry((hop.netns, hop.towards)).or_default();
+        if history.last().is_some_and(|(_, address)| *address == hop.address) {
+            return;
+        }
+        if history.len() >= HISTORY {
+            history.remove(0);
+        }
+        history.push((hop.time, hop.address));
+    }
+
+    /// Where an observation in `netns` belongs.
+    pub(super) fn place(&self, netns: Netns) -> Place {
+        if let Some(cluster) = self.nodes.get(&netns).and_then(|info| info.cluster) {
+            return Place {
+                node: netns,
+                cluster,
+                in_pod: false,
+            };
+        }
+        if let Some((node, _)) = self.pod_namespaces.get(&netns) {
+            return Place {
+                node: *node,
+                cluster: self.cluster(*node),
+                in_pod: true,
+            };
+        }
+        Place {
+            node: netns,
+            cluster: NO_CLUSTER,
+            in_pod: false,
+        }
+    }
+
+    /// The cluster of a node.
+    pub(super) fn cluster(&self, node: Netns) -> u32 {
+        self.nodes
+            .get(&node)
+            .and_then(|info| info.cluster)
+            .unwrap_or(NO_CLUSTER)
+    }
+
+    /// All clusters.
+    pub(super) fn clusters(&self) -> &[u32] {
+        &self.clusters
+    }
+
+    /// The node's name.
+    pub(super) fn name(&self, node: Netns) -> Option<&String> {
+        self.nodes.get(&node)?.name.as_ref()
+    }
+
+    /// The name of an interface of a node. In a pod's own namespace: of the workload interface at its other end.
+    pub(super) fn interface_name(&self, netns: Netns, ifindex: u32) -> Option<&String> {
+        if let Some(info) = self.nodes.get(&netns) {
+            return info.interfaces.get(&ifindex).map(|(name, _)| name);
+        }
+        let (node, workload) = self.pod_namespaces.get(&netns)?;
+        self.nodes
+            .get(node)?
+            .interfaces
+            .get(workload)
+            .map(|(name, _)| name)
+    }
+
+    /// The pod that has `address` in `cluster`: a living one before one that is gone.
+    pub(super) fn owner(&self, cluster: u32, address: IpAddr) -> Option<Owner> {
+        let owner = self
+            .pods
+            .get(&address)?
+            .iter()
+            .filter(|owner| self.cluster(owner.node) == cluster)
+            .min_by_key(|owner| owner.gone)?;
+        Some(Owner {
+            node: owner.node,
+            name: owner.name.clone(),
+        })
+    }
+
+    /// Whether a packet to `address` that leaves `node` at the workload interface `ifindex` has reached its pod.
+    pub(super) fn is_delivery(&self, cluster: u32, node: Netns, ifindex: u32, address: IpAddr) -> bool {
+        let owners = self
+            .pods
+            .get(&address)
+            .map_or(&[][..], |owners| owners.as_slice());
+        let mut known = false;
+        for owner in owners
+            .iter()
+            .filter(|owner| !owner.gone && self.cluster(owner.node) == cluster)
+        {
+            if (owner.node, owner.ifindex) == (node, ifindex) {
+                return true;
+            }
+            known = true;
+        }
+        // Where no pod is known by that address (it just came), the route to the interface tells.
+        !known
+            && self
+                .route(node, address)
+                .is_none_or(|route| route.ifindex.is_none_or(|to| to == ifindex))
+    }
+
+    /// Whether `node` itself has `address`.
+    pub(super) fn is_own(&self, node: Netns, address: IpAddr) -> bool {
+        self.node_addresses
+            .get(&address)
+            .is_some_and(|owners| owners.contains(&node))
+    }
+
+    /// The node of `cluster` that has `address`.
+    pub(super) fn node_of(&self, cluster: u32, address: IpAddr) -> Option<Netns> {
+        let owners = self.node_addresses.get(&address)?;
+        owners.iter().copied().find(|node| self.cluster(*node) == cluster)
+    }
+
+    /// Whether `address` is a service's.
+    pub(super) fn is_service(&self, address: IpAddr) -> bool {
+        self.services.iter().any(|prefix| prefix.contains(&address))
+    }
+
+    /// The most specific route of `node` to `address`.
+    fn route(&self, node: Netns, address: IpAddr) -> Option<&Route> {
+        let info = self.nodes.get(&node)?;
+        let mut looked_up = info.looked_up.borrow_mut();
+        if looked_up.len() >= LOOKED_UP {
+            looked_up.clear();
+        }
+        let index = *looked_up.entry(address).or_insert_with(|| {
+            info.routes
+                .iter()
+                .position(|route| route.prefix.contains(&address))
+        });
+        info.routes.get(index?)
+    }
+
+    /// What lies beyond `node` on the way to `address`; none without a route that sends on.
+    pub(super) fn beyond(&self, node: Netns, address: IpAddr) -> Option<Beyond> {
+        let route = self
+            .route(node, address)
+            .filter(|route| route.kind == RouteKind::Unicast)?;
+        let inside = route.prefix.prefix_len() > 0;
+        Some(Beyond {
+            gateway: route.gateway,
+            encap: route.encap,
+            remote_node: route.remote_node.filter(|_| inside),
+        })
+    }
+
+    /// Whether the packet that leaves `node` for `address`, carried as `encap` says, goes to a node that is observed.
+    pub(super) fn next(&self, node: Netns, encap: Option<&Encap>, address: IpAddr) -> Next {
+        let cluster = self.cluster(node);
+        let to = match encap {
+            Some(encap) => Some(encap.dst),
+            None => match self.beyond(node, address) {
+                Some(Beyond {
+                    remote_node: Some(remote),
+                    ..
+                }) => Some(remote),
+                Some(Beyond {
+                    gateway: Some(gateway),
+                    ..
+                }) => Some(gateway),
+                _ => Some(address),
+            },
+        };
+        match to
+            .and_then(|to| self.node_of(cluster, to))
+            .filter(|next| *next != node)
+        {
+            Some(next) => Next::Node(next),
+            None => Next::Unobserved,
+        }
+    }
+
+    /// The address that ICMP errors of `node` towards `towards` carried at `time`.
+    pub(super) fn hop_address(&self, node: Netns, towards: IpAddr, time: u64) -> Option<IpAddr> {
+        let history = self.hop_addresses.get(&(node, towards))?;
+        let then = history
+            .iter()
+            .rev()
+            .find(|(since, _)| *since <= time)
+            .or_else(|| history.first());
+        then.and_then(|(_, address)| *address)
+    }
+
+    /// An ICMP time exceeded showed the address of the router on `remote`, as packets that `node` sends on meet it.
+    pub(super) fn show(&mut self, node: Netns, remote: IpAddr, address: IpAddr) {
+        self.learned.insert((node, remote), address);
+    }
+
+    /// What [`Self::show`] was told.
+    pub(super) fn shown(&self, node: Netns, remote: IpAddr) -> Option<IpAddr> {
+        self.learned.get(&(node, remote)).copied()
+    }
+
+    /// The time since the Unix epoch of a time on the observations' clock.
+    pub(super) fn realtime(&self, time: u64) -> u64 {
+        match self.clock {
+            Some(clock) => clock.realtime.wrapping_add(time).wrapping_sub(clock.time),
+            None => time,
+        }
+    }
+}

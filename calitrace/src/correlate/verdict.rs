@@ -1,0 +1,80 @@
+//! How a packet ended: each verdict by what was seen (design: "Vocabulary"), the strongest first.
+
+use super::{
+    AnswerKind, Verdict,
+    key::Part,
+    open::{Open, Reached},
+    topology::{Next, Topology},
+};
+use crate::event::{Drop, Hook};
+
+/// The verdict on a trace that closes at `now`; with `ended` because observing ended.
+pub(super) fn of(trace: &Open, topology: &Topology, now: u64, ended: bool) -> Verdict {
+    let answer = trace.answered.map(|answered| answered.kind);
+    if answer == Some(AnswerKind::TimeExceeded) || is_expiry(trace) {
+        return Verdict::Expired;
+    }
+    if matches!(answer, Some(AnswerKind::Unreachable | AnswerKind::Reset)) {
+        return Verdict::Rejected;
+    }
+    if trace.drop.is_some() {
+        return Verdict::Dropped;
+    }
+    match trace.reached {
+        Reached::Pod | Reached::Node => Verdict::Delivered,
+        Reached::Outside => Verdict::Left,
+        Reached::Nothing if ended => Verdict::Unfinished,
+        Reached::Nothing if is_lost(trace, topology, now) => Verdict::Lost,
+        Reached::Nothing => Verdict::Unknown,
+    }
+}
+
+/// Whether the kernel dropped it because its TTL ran out: `ip_forward` (`net/ipv4/ip_forward.c`) and `ip6_forward`
+/// (`net/ipv6/ip6_output.c`) free what comes with a TTL of 1, in 6.18 still for the reason of a bad header.
+fn is_expiry(trace: &Open) -> bool {
+    let Some((drop, index)) = trace.drop.as_deref() else {
+        return false;
+    };
+    let forward = |location: &String| matches!(location.as_str(), "ip_forward" | "ip6_forward");
+    trace.seen[*index].ttl <= 1 && drop.location.as_ref().is_some_and(forward)
+}
+
+/// It left a node for another one that has been observed all the time, and nothing was lost.
+fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
+    let last = trace.last();
+    if last.hook != Hook::UplinkEgress {
+        return false;
+    }
+    match topology.next(last.node, last.encap.as_ref(), trace.current.dst) {
+        Next::Node(next) => {
+            topology
+                .ledgers
+                .observed_since(next, Hook::UplinkIngress, trace.first().time)
+                && !topology.ledgers.lost(trace.first().time, now)
+        }
+        Next::Unobserved => false,
+    }
+}
+
+/// Whether a `kfree_skb` in the receiver's stack is the ordinary end of a packet that was received.
+///
+/// * Echo replies: raw sockets get their copies before `icmp_rcv` hands the packet to `ping_rcv`, which frees it for
+///   want of a ping socket (`ip_protocol_deliver_rcu`, `net/ipv4/ip_input.c`; `net/ipv4/ping.c`; 6.1 and 6.18). So
+///   every reply to a ping or traceroute with a raw socket ends that way.
+/// * TCP in `TIME_WAIT`: `tcp_v4_rcv` frees each segment after it was answered, without a reason (label `discard_it`
+///   after `do_time_wait`, `net/ipv4/tcp_ipv4.c`). So the last FIN of every connection ends that way.
+pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
+    let reason = drop.reason.as_deref();
+    let at = |names: &[&str]| {
+        drop.location
+            .as_deref()
+            .is_some_and(|location| names.contains(&location))
+    };
+    match part {
+        Part::Echo { reply: true, .. } => reason == Some("NO_SOCKET"),
+        Part::Tcp { .. } | Part::TcpData { .. } => {
+            matches!(reason, None | Some("NOT_SPECIFIED")) && at(&["tcp_v4_rcv", "tcp_v6_rcv"])
+        }
+        _ => false,
+    }
+}
