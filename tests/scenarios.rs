@@ -1,1 +1,226 @@
-fn main() {}
+//! Scenario files: observations in, expected traces out. To add one, put a `NAME.jsonl` (an event log's lines) and a
+//! `NAME.expected` into `tests/scenarios`; no Rust is needed. See `tests/scenarios/README.md`.
+
+use std::{
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use calitrace::{
+    correlate::{Config, Correlator, Hop, PacketTrace},
+    event::{Item, protocol_name},
+};
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// Out of order by more than this is more than a capture promises.
+const DRAIN_PERIOD: u64 = 10_000_000;
+
+fn main() -> Result<()> {
+    let arguments = Arguments::from_args();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let mut files: Vec<PathBuf> = fs::read_dir(&folder)
+        .with_context(|| format!("list {}", folder.display()))?
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()?;
+    files.retain(|file| file.extension().is_some_and(|ending| ending == "jsonl"));
+    files.sort();
+    ensure!(!files.is_empty(), "no scenario in {}", folder.display());
+    let trials = files.into_iter().map(|file| {
+        let name = file
+            .file_stem()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Trial::test(name, move || {
+            run(&file).map_err(|error| Failed::from(format!("{error:#}")))
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit();
+}
+
+fn run(file: &Path) -> Result<()> {
+    let mut items = Vec::new();
+    read(file, &mut items)?;
+    let found = correlate(&items);
+    let expected_file = file.with_extension("expected");
+    if std::env::var_os("CALITRACE_WRITE_EXPECTED").is_some() {
+        return fs::write(&expected_file, found)
+            .with_context(|| format!("write {}", expected_file.display()));
+    }
+    let expected = fs::read_to_string(&expected_file).with_context(|| {
+        format!(
+            "read {}; this is what was found:\n{found}",
+            expected_file.display()
+        )
+    })?;
+    ensure!(found == expected, "{}", difference(&expected, &found));
+    // The order in which records come from the ring must not matter, as long as a capture keeps its promise.
+    let shuffled = correlate(&out_of_order(items));
+    ensure!(
+        shuffled == expected,
+        "with records out of order:\n{}",
+        difference(&expected, &shuffled)
+    );
+    Ok(())
+}
+
+/// The items of a scenario. A line `{"include":"FILE"}` stands for the lines of another file of the folder.
+fn read(file: &Path, items: &mut Vec<Item>) -> Result<()> {
+    let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.is_empty()) {
+        let at = || format!("{} line {}", file.display(), number + 1);
+        let value: serde_json::Value = serde_json::from_str(line).with_context(at)?;
+        match value.get("include").and_then(|name| name.as_str()) {
+            Some(name) => read(&file.with_file_name(name), items)?,
+            None => items.push(serde_json::from_value(value).with_context(at)?),
+        }
+    }
+    Ok(())
+}
+
+/// Swaps neighbouring observations where they are closer together than a drain period.
+fn out_of_order(mut items: Vec<Item>) -> Vec<Item> {
+    for index in 1..items.len() {
+        if let (Item::Observation(one), Item::Observation(two)) = (&items[index - 1], &items[index])
+            && one.time != two.time
+            && two.time.saturating_sub(one.time) < DRAIN_PERIOD / 2
+        {
+            items.swap(index - 1, index);
+        }
+    }
+    items
+}
+
+fn correlate(items: &[Item]) -> String {
+    let mut correlator = Correlator::new(Config {
+        drain_period: DRAIN_PERIOD,
+    });
+    let mut traces = Vec::new();
+    for item in items {
+        correlator.push(item, &mut traces);
+    }
+    correlator.finish(&mut traces);
+    traces.sort_by_key(|trace| (trace.start_monotonic, trace.id));
+    let mut text = String::new();
+    for trace in &traces {
+        let _infallible = describe(trace, &mut text);
+    }
+    text
+}
+
+/// A trace in a form that can be read and compared. Absent is `-`, inferred is `~`.
+fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
+    let flow = trace.flow.flow;
+    let end = |address, port| {
+        if port == 0 {
+            format!("{address}")
+        } else {
+            format!("{address}:{port}")
+        }
+    };
+    let (source, destination) = match flow.proto {
+        1 | 58 => (end(flow.src, 0), end(flow.dst, 0)),
+        _ => (end(flow.src, flow.src_port), end(flow.dst, flow.dst_port)),
+    };
+    let verdict = format!("{:?}", trace.verdict).to_lowercase();
+    let proto = protocol_name(flow.proto);
+    writeln!(
+        text,
+        "{proto} {source} → {destination} ttl {}: {verdict}",
+        trace.ttl
+    )?;
+    let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".into());
+    writeln!(
+        text,
+        "  pods {} → {}",
+        name(&trace.flow.src_pod),
+        name(&trace.flow.dst_pod)
+    )?;
+    for step in &trace.nat {
+        let (from, to) = (&step.from, &step.to);
+        let kind = format!("{:?}", step.kind).to_lowercase();
+        let (from, to) = (
+            end(from.address, from.port.unwrap_or(0)),
+            end(to.address, to.port.unwrap_or(0)),
+        );
+        writeln!(text, "  {kind} on {}: {from} → {to}", name(&step.node))?;
+    }
+    for Hop {
+        ttl,
+        address,
+        node,
+        pod,
+        arrived_ns,
+        left_ns,
+        rtt_ns,
+        certainty,
+    } in &trace.hops
+    {
+        let inferred = if *certainty == calitrace::correlate::Certainty::Inferred {
+            "~"
+        } else {
+            " "
+        };
+        let address = address.map_or_else(|| "*".into(), |address| address.to_string());
+        write!(text, "  {ttl:>2}{inferred} {address} on {}", name(node))?;
+        if let Some(pod) = pod {
+            write!(text, " pod {pod}")?;
+        }
+        for (what, time) in [("arrived", arrived_ns), ("left", left_ns), ("rtt", rtt_ns)] {
+            if let Some(time) = time {
+                write!(text, " {what} {time}")?;
+            }
+        }
+        writeln!(text)?;
+    }
+    if let Some(drop) = &trace.drop {
+        let (reason, location) = (name(&drop.reason), name(&drop.location));
+        writeln!(
+            text,
+            "  dropped {reason} at {location} on {} {}",
+            name(&drop.node),
+            name(&drop.interface)
+        )?;
+    }
+    if let Some(answer) = &trace.answer {
+        let rtt = answer.rtt_ns.map_or_else(|| "-".into(), |rtt| rtt.to_string());
+        writeln!(
+            text,
+            "  answer {:?} from {} after {rtt}",
+            answer.kind, answer.address
+        )?;
+    }
+    write!(text, "  seen")?;
+    for seen in &trace.observations {
+        let encap = seen
+            .encap
+            .map_or_else(String::new, |encap| format!("[{}→{}]", encap.src, encap.dst));
+        write!(
+            text,
+            " {}/{}:{}{encap}@{}",
+            name(&seen.node),
+            name(&seen.interface),
+            seen.hook,
+            seen.ttl
+        )?;
+    }
+    writeln!(text)
+}
+
+/// Both texts from the first line that differs.
+fn difference(expected: &str, found: &str) -> String {
+    let same = expected
+        .lines()
+        .zip(found.lines())
+        .take_while(|(one, two)| one == two)
+        .count();
+    let from = |text: &str| text.lines().skip(same).collect::<Vec<_>>().join("\n");
+    format!(
+        "from line {} on, expected:\n{}\nfound:\n{}",
+        same + 1,
+        from(expected),
+        from(found)
+    )
+}

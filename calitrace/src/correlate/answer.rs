@@ -24,13 +24,8 @@ pub(super) struct Match {
 /// What `packet` answers, if anything that is open.
 pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow) -> Option<Match> {
     match packet.transport {
-        Transport::IcmpError {
-            icmp_type,
-            code,
-            ref quoted,
-            ..
-        } => {
-            let kind = icmp_error(packet.src.is_ipv6(), icmp_type, code)?;
+        Transport::IcmpError { ref quoted, .. } => {
+            let (kind, icmp_type, code) = of_icmp(packet)?;
             let (flow, tag) = key::of_quoted(quoted);
             let whole = |trace: &Open| {
                 trace.part.tag() == tag && (trace.packet.gso_segs > 1 || trace.packet.length == quoted.length)
@@ -78,13 +73,18 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
     }
 }
 
-/// What an ICMP error says about the packet. Redirects and reassembly time-outs are not its end.
-fn icmp_error(v6: bool, icmp_type: u8, code: u8) -> Option<AnswerKind> {
-    match (v6, icmp_type, code) {
-        (false, 11, 0) | (true, 3, 0) => Some(AnswerKind::TimeExceeded),
-        (false, 3, _) | (true, 1 | 2, _) => Some(AnswerKind::Unreachable),
-        _ => None,
-    }
+/// What an ICMP error says about the packet it quotes, with type and code. Redirects and reassembly time-outs are not
+/// its end.
+pub(super) fn of_icmp(packet: &Packet) -> Option<(AnswerKind, u8, u8)> {
+    let Transport::IcmpError { icmp_type, code, .. } = packet.transport else {
+        return None;
+    };
+    let kind = match (packet.src.is_ipv6(), icmp_type, code) {
+        (false, 11, 0) | (true, 3, 0) => AnswerKind::TimeExceeded,
+        (false, 3, _) | (true, 1 | 2, _) => AnswerKind::Unreachable,
+        _ => return None,
+    };
+    Some((kind, icmp_type, code))
 }
 
 fn is_syn(trace: &Open) -> bool {

@@ -8,8 +8,8 @@
 use std::net::IpAddr;
 
 use super::{
-    AnswerKind, Certainty, Hop, Verdict,
-    open::{Open, Reached, Seen},
+    AnswerKind, Certainty, Hop, NatKind, Verdict, answer,
+    open::{Open, Reached, Seen, Translation},
     topology::Topology,
 };
 use crate::event::{EncapKind, Hook, Netns};
@@ -17,8 +17,8 @@ use crate::event::{EncapKind, Hook, Netns};
 /// Routers and receiver of a trace, and the TTL at its sender.
 pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Hop>, u8) {
     let mut way = Way::new(trace, topology);
-    for seen in &trace.seen {
-        way.pass(seen);
+    for (index, seen) in trace.seen.iter().enumerate() {
+        way.pass(index, seen);
     }
     if !way.answered_on_the_way() {
         match trace.reached {
@@ -77,26 +77,33 @@ impl<'a> Way<'a> {
     /// The node that the packet was sent on by before it came to the first one observed: its address, if it is known
     /// what it shows to the sender, and its name.
     fn router_before(&self, first: &Seen, source: IpAddr) -> Option<(Option<IpAddr>, String)> {
-        let topology = self.topology;
-        if first.hook == Hook::KfreeSkb
+        let (topology, cluster) = (self.topology, self.trace.cluster);
+        // Pods do not forward, so an error about a TTL comes from the router itself.
+        let by_router =
+            answer::of_icmp(&self.trace.packet).is_some_and(|(kind, ..)| kind == AnswerKind::TimeExceeded);
+        if by_router
+            || first.hook == Hook::KfreeSkb
             || topology
-                .owner(self.trace.cluster, source)
+                .owner(cluster, source)
                 .is_some_and(|owner| owner.node == first.node)
         {
             return None;
         }
         let beyond = topology.beyond(first.node, source)?;
-        beyond.gateway.filter(|gateway| *gateway != source)?;
-        let remote = first.encap.map(|encap| encap.src).or(beyond.remote_node)?;
-        beyond.remote_node.filter(|node| *node != source)?;
-        if let Some(node) = topology.node_of(self.trace.cluster, remote) {
-            if topology.is_own(node, source) {
-                return None;
-            }
-            let name = topology.name(node).cloned().unwrap_or_else(|| remote.to_string());
-            return Some((topology.hop_address(node, source, first.time), name));
+        let gateway = beyond.gateway?;
+        let remote = beyond.remote_node?;
+        if source == gateway || topology.shown(first.node, remote) == Some(source) {
+            return None;
         }
-        Some((None, remote.to_string()))
+        let remote = first.encap.map_or(remote, |encap| encap.src);
+        let Some(node) = topology.node_of(cluster, remote) else {
+            return Some((None, remote.to_string()));
+        };
+        if topology.is_own(node, source) {
+            return None;
+        }
+        let name = topology.name(node).cloned().unwrap_or_else(|| remote.to_string());
+        Some((topology.hop_address(node, source, first.time), name))
     }
 
     /// The hop with this number (from 1), made if it is missing; those before it that nobody saw, too.
@@ -127,18 +134,18 @@ impl<'a> Way<'a> {
     }
 
     /// Routers by a sighting.
-    fn pass(&mut self, seen: &Seen) {
+    fn pass(&mut self, index: usize, seen: &Seen) {
         let lowered = self.ttl.saturating_sub(seen.ttl);
         let elapsed = self.elapsed(seen);
         if seen.is_egress() {
             if lowered > 0 {
-                let address = self.address(seen);
+                let address = self.address(index, seen);
                 let node = self.topology.name(seen.node).cloned();
                 let hop = self.observed(lowered, address, node);
                 hop.left_ns = Some(hop.left_ns.map_or(elapsed, |left| left.min(elapsed)));
             }
         } else if seen.is_ingress() && !self.is_receiver(seen) {
-            let address = self.address(seen);
+            let address = self.address(index, seen);
             let node = self.topology.name(seen.node).cloned();
             let hop = self.observed(lowered.saturating_add(1), address, node);
             hop.arrived_ns = Some(hop.arrived_ns.map_or(elapsed, |arrived| arrived.min(elapsed)));
@@ -160,16 +167,17 @@ impl<'a> Way<'a> {
 
     /// What the node's ICMP errors to the sender carry: the sender as this node sees it, which is before the node
     /// translates the source on the way out.
-    fn address(&self, seen: &Seen) -> Option<IpAddr> {
-        let mut source = self.trace.flow.src;
-        for step in &self.trace.translations {
-            if step.node == seen.node {
-                break;
-            }
-            if step.kind == super::NatKind::Snat {
-                source = step.to.address;
-            }
-        }
+    fn address(&self, index: usize, seen: &Seen) -> Option<IpAddr> {
+        let earlier =
+            |step: &&Translation| step.at <= index && step.node != seen.node && step.kind == NatKind::Snat;
+        let translated = self
+            .trace
+            .translations
+            .iter()
+            .rev()
+            .find(earlier)
+            .map(|step| step.to.address);
+        let source = translated.unwrap_or(self.trace.flow.src);
         self.topology.hop_address(seen.node, source, seen.time)
     }
 

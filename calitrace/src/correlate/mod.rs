@@ -196,9 +196,12 @@ impl Correlator {
             return;
         }
         let (cluster, before) = (trace.cluster, trace.current);
-        trace
-            .translations
-            .extend(nat::steps(sight.place.node, &before, &sight.flow));
+        trace.translations.extend(nat::steps(
+            sight.place.node,
+            trace.seen.len(),
+            &before,
+            &sight.flow,
+        ));
         self.translations.remember(cluster, &before, &sight.flow);
         self.open.translate(index, sight.flow);
     }

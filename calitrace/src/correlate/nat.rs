@@ -58,8 +58,8 @@ impl Translations {
     }
 }
 
-/// The steps from one flow to another.
-pub(super) fn steps(node: Netns, before: &Flow, after: &Flow) -> SmallVec<[Translation; 2]> {
+/// The steps from one flow to another, shown by the sighting with index `at`.
+pub(super) fn steps(node: Netns, at: usize, before: &Flow, after: &Flow) -> SmallVec<[Translation; 2]> {
     let ports = matches!(before.proto, 6 | 17 | 132);
     let destination = |flow: &Flow| Endpoint {
         address: flow.dst,
@@ -75,6 +75,7 @@ pub(super) fn steps(node: Netns, before: &Flow, after: &Flow) -> SmallVec<[Trans
         steps.push(Translation {
             kind: NatKind::Dnat,
             node,
+            at,
             from,
             to,
         });
@@ -84,6 +85,7 @@ pub(super) fn steps(node: Netns, before: &Flow, after: &Flow) -> SmallVec<[Trans
         steps.push(Translation {
             kind: NatKind::Snat,
             node,
+            at,
             from,
             to,
         });

@@ -53,6 +53,8 @@ impl Seen {
 pub(super) struct Translation {
     pub(super) kind: NatKind,
     pub(super) node: Netns,
+    /// Index of the sighting that showed it.
+    pub(super) at: usize,
     pub(super) from: Endpoint,
     pub(super) to: Endpoint,
 }

@@ -311,8 +311,22 @@ impl Topology {
         info.routes.get(index?)
     }
 
-    /// What lies beyond `node` on the way to `address`; none without a route that sends on.
+    /// What lies beyond `node` on the way to `address`; none without a route that sends on. Other nodes are on a link
+    /// with it even where the facts name only the routes that matter for pods.
     pub(super) fn beyond(&self, node: Netns, address: IpAddr) -> Option<Beyond> {
+        if self
+            .nodes
+            .get(&node)?
+            .routes
+            .iter()
+            .any(|route| route.remote_node == Some(address))
+        {
+            return Some(Beyond {
+                gateway: None,
+                encap: None,
+                remote_node: Some(address),
+            });
+        }
         let route = self
             .route(node, address)
             .filter(|route| route.kind == RouteKind::Unicast)?;
@@ -337,7 +351,7 @@ impl Topology {
                 Some(Beyond {
                     gateway: Some(gateway),
                     ..
-                }) => Some(gateway),
+                }) if self.node_of(cluster, address).is_none() => Some(gateway),
                 _ => Some(address),
             },
         };
