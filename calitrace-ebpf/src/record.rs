@@ -29,8 +29,6 @@ impl Flags {
     pub const DF: u8 = 2;
     /// More fragments follow.
     pub const MF: u8 = 4;
-    /// [`Plain::netns`] is a namespace cookie (`bpf_get_netns_cookie`), not an inode number.
-    pub const NETNS_COOKIE: u8 = 8;
     /// Made by a drop: [`Plain::reason`] and [`Tail::location`] are set.
     pub const DROP: u8 = 16;
     /// An ICMP or ICMPv6 error that quotes a packet; see [`Plain`] for where the quoted fields lie.
@@ -65,7 +63,8 @@ pub enum TunnelKind {
 /// | `digest` | 0 | digest | digest | 0 | digest |
 ///
 /// The source address of a quoted packet is the error's own destination; its destination is in [`Tail::quoted_dst`].
-/// Other protocols have zero ports and a digest of their first bytes.
+/// Other protocols have zero ports and a digest of their first bytes (SCTP: of its first chunk, as NAT rewrites the
+/// ports and checksum before it). A later fragment has a digest of its first bytes.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Plain {
@@ -89,7 +88,7 @@ pub struct Plain {
     pub skb: u64,
     /// `skb->head`; 0 without BTF.
     pub head: u64,
-    /// Inode number of the network namespace of the device, or its cookie ([`Flags::NETNS_COOKIE`]); 0 if unknown.
+    /// Inode number of the network namespace of the device; 0 if unknown.
     pub netns: u64,
     /// Interface index in that namespace; 0 if unknown.
     pub ifindex: u32,
@@ -129,7 +128,8 @@ pub struct Plain {
     pub payload: u32,
     /// `enum skb_drop_reason` of the running kernel, with [`Flags::DROP`].
     pub reason: u32,
-    /// 64-bit digest of the first up to 32 payload bytes; 0 for TCP and ICMP errors.
+    /// 64-bit digest of the first up to 32 payload bytes; 0 for TCP and ICMP errors, without payload, and where a
+    /// drop's payload lies outside the linear part of its buffer.
     pub digest: u64,
 }
 

@@ -45,7 +45,7 @@ pub struct Offsets {
 pub const OFFSET_UNKNOWN: u32 = u32::MAX;
 
 impl Offsets {
-    /// Nothing known: the programs then do without `skb->head` and identify namespaces by cookie.
+    /// Nothing known: the programs then do without `skb->head`, and the loader tells them their namespace.
     pub const UNKNOWN: Self = Self {
         skb_head: OFFSET_UNKNOWN,
         skb_dev: OFFSET_UNKNOWN,
@@ -88,7 +88,7 @@ pub struct Counters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub struct InterfaceKey {
-    /// Namespace inode number or cookie, as in the records.
+    /// Namespace inode number, as in the records.
     pub netns: u64,
     /// Interface index there.
     pub ifindex: u32,
@@ -96,9 +96,10 @@ pub struct InterfaceKey {
     pub hook: u32,
 }
 
-/// The slot that counts what no other slot is known for (drops in namespaces that are no node's).
-pub const SLOT_OTHER: u32 = 0;
-/// Number of counter slots: 4,096 attachments.
+/// The first slots are those of the hooks themselves, by number: there counts what no attachment's slot is known for
+/// (drops in namespaces that are no node's).
+pub const FIRST_SLOT: u32 = crate::Hook::ALL.len() as u32;
+/// Number of counter slots: about 4,000 attachments.
 pub const SLOTS: u32 = 4096;
 /// Capacity of each scope table.
 pub const SCOPE_PREFIXES: u32 = 65_536;
@@ -118,8 +119,9 @@ pub mod names {
     pub const SCOPE_V6: &str = "SCOPE_V6";
     /// Global: [`super::Offsets`].
     pub const OFFSETS: &str = "OFFSETS";
-    /// Global: `u32`, 1 if `bpf_get_netns_cookie` may be called from TC programs and BTF gives no inode number.
-    pub const USE_NETNS_COOKIE: &str = "USE_NETNS_COOKIE";
+    /// Global: `u64`, inode number of the one namespace these programs are attached in, where BTF does not tell them;
+    /// else 0. (`bpf_get_netns_cookie` would not do: of an `sk_buff` it returns the namespace of the *socket*.)
+    pub const NETNS: &str = "NETNS";
     /// Global: `u32`, UDP port of VXLAN.
     pub const VXLAN_PORT: &str = "VXLAN_PORT";
     /// Global: `u64`, unread bytes in the ring at which the consumer is woken.

@@ -1,4 +1,23 @@
 //! The kernel side seen from user space: loading and attaching the programs, draining the ring, and what the running
 //! kernel says about itself (BTF, symbols). All aya and `unsafe` code of the product lives here and in [`crate::netns`].
 
+mod attach;
+pub mod btf;
+mod clsact;
+mod counters;
 pub mod hooks;
+mod instance;
+mod load;
+mod logs;
+mod names;
+mod offsets;
+mod permission;
+mod ring;
+mod symbols;
+
+pub use attach::{Attached, AttachmentCheck};
+pub use counters::Count;
+pub use load::{Config, Kernel};
+pub use names::Names;
+pub use permission::{NotPermitted, check as check_permission};
+pub use ring::{Batch, Drain, Dropped, Ring};

@@ -1,0 +1,150 @@
+//! Scope, counters and the ring: what becomes of a parsed packet, and that it is counted exactly once.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
+    maps::lpm_trie::Key,
+};
+use calitrace_ebpf::{
+    Encapsulated, Flags, Full, Hook, Kind, Plain,
+    shared::{Counters, InterfaceKey},
+};
+
+use super::{
+    maps::{COUNTERS, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, known},
+    view::{field, is_kernel_address},
+};
+
+/// What became of a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Outcome {
+    NonIp,
+    OutOfScope,
+    RingRefused,
+    Recorded,
+}
+
+/// Whether one of the packet's addresses is a pod's, a block's or a service's.
+#[inline(always)]
+pub(super) fn in_scope(plain: &Plain) -> bool {
+    if plain.flags & Flags::V6 != 0 {
+        SCOPE_V6.get(Key::new(128, plain.src)).is_some() || SCOPE_V6.get(Key::new(128, plain.dst)).is_some()
+    } else {
+        let [.., a, b, c, d] = plain.src;
+        let [.., e, f, g, h] = plain.dst;
+        SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some() || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
+    }
+}
+
+/// Counts one run of a hook's program in the slot of its interface.
+#[inline(always)]
+pub(super) fn count(hook: Hook, netns: u64, ifindex: u32, outcome: Outcome) {
+    let key = InterfaceKey { netns, ifindex, hook: hook as u32 };
+    // SAFETY: a slot number, replaced as a whole; a stale one counts in a slot that is still read.
+    let slot = unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook as u32);
+    let Some(counters) = COUNTERS.get_ptr_mut(slot) else {
+        return;
+    };
+    // SAFETY: a map value of this CPU, valid while the program runs.
+    unsafe {
+        add(&raw mut (*counters).seen);
+        add(match outcome {
+            Outcome::NonIp => &raw mut (*counters).non_ip,
+            Outcome::OutOfScope => &raw mut (*counters).out_of_scope,
+            Outcome::RingRefused => &raw mut (*counters).ring_refused,
+            Outcome::Recorded => &raw mut (*counters).recorded,
+        });
+    }
+}
+
+/// Adds one. Atomic, although the value is this CPU's own: a softirq may run the same program between load and store.
+///
+/// # Safety
+/// `counter` points into a map value.
+#[inline(always)]
+unsafe fn add(counter: *mut u64) {
+    // SAFETY: aligned, as `Counters` is. An intrinsic, because `AtomicU64` has no arithmetic on this target; without
+    // use of its result it is the one atomic instruction that every kernel knows.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
+}
+
+const _: () = assert!(align_of::<Counters>() == 8);
+
+/// The namespace (inode number) and index of a `struct net_device *`; zeros if it is none. What `skb->dev` holds may
+/// be something else altogether: the field is shared with a receive queue's scratch space and tree pointers.
+#[inline(always)]
+pub(super) fn device(dev: u64) -> (u64, u32) {
+    read_device(dev).unwrap_or((0, 0))
+}
+
+#[inline(always)]
+fn read_device(dev: u64) -> Option<(u64, u32)> {
+    if !is_kernel_address(dev) {
+        return None;
+    }
+    let net: u64 = field(dev, known!(dev_nd_net)?)?;
+    if !is_kernel_address(net) {
+        return None;
+    }
+    let inode: u32 = field(net, known!(net_inum)?)?;
+    // Inode numbers of namespaces begin at PROC_DYNAMIC_FIRST (0xf0000000, fs/proc/generic.c), fixed ones just below.
+    if inode < 0xefff_ff00 {
+        return None;
+    }
+    Some((u64::from(inode), field(dev, known!(dev_ifindex)?)?))
+}
+
+/// The namespace of a TC program's packet.
+#[inline(always)]
+pub(super) fn namespace(skb: u64) -> u64 {
+    let told = NETNS.load();
+    if told != 0 {
+        return told;
+    }
+    let Some(dev) = known!(skb_dev).and_then(|offset| field(skb, offset)) else {
+        return 0;
+    };
+    device(dev).0
+}
+
+/// Puts the record into the ring, in the shortest layout that holds it.
+#[inline(always)]
+pub(super) fn record(full: &mut Full, hook: Hook, skb: u64) -> Outcome {
+    full.plain.hook = hook as u8;
+    full.plain.skb = skb;
+    full.plain.head = known!(skb_head).and_then(|offset| field(skb, offset)).unwrap_or(0);
+    // SAFETY: helpers without arguments.
+    unsafe {
+        full.plain.cpu = bpf_get_smp_processor_id() as u16;
+        full.plain.time = bpf_ktime_get_ns();
+    }
+    if full.plain.flags & (Flags::DROP | Flags::ICMP_ERROR) != 0 {
+        full.plain.kind = Kind::Full as u8;
+        submit::<Full>(full)
+    } else if full.outer.kind != 0 {
+        full.plain.kind = Kind::Encapsulated as u8;
+        submit::<Encapsulated>(full)
+    } else {
+        full.plain.kind = Kind::Plain as u8;
+        submit::<Plain>(full)
+    }
+}
+
+/// Copies the first part of `full`, a `T`, into the ring.
+#[inline(always)]
+fn submit<T: Copy + 'static>(full: &Full) -> Outcome {
+    let Some(mut entry) = EVENTS.reserve::<T>(0) else {
+        return Outcome::RingRefused;
+    };
+    // SAFETY: each kind of record is a prefix of the next (`calitrace_ebpf::record` asserts it).
+    entry.write(unsafe { *core::ptr::from_ref(full).cast::<T>() });
+    // A wakeup costs more than all else together, so the consumer comes by itself every few milliseconds, and is
+    // woken only by the record that takes the unread data over the watermark. Unread data includes this record.
+    let unread = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let watermark = WATERMARK.load();
+    let crossed = unread >= watermark && unread < watermark + size_of::<T>() as u64 + 8;
+    entry.submit(u64::from(if crossed { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
+    Outcome::Recorded
+}

@@ -1,0 +1,22 @@
+//! The programs: a packet is parsed (`parse`, `transport`) through a `view` of its bytes, judged and counted
+//! (`account`), and recorded in the ring. They observe only: nothing is written, pulled or marked, and every TC
+//! program returns `TC_ACT_UNSPEC`, so that those behind it run as if it were not there.
+
+mod account;
+mod classifier;
+mod drops;
+mod maps;
+mod parse;
+mod transport;
+mod view;
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Never reached: the object is built without panicking paths, and the verifier would refuse the loop.
+    loop {}
+}
+
+/// `probe_read_kernel` and `ktime_get_ns` are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

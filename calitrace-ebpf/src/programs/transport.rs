@@ -1,0 +1,229 @@
+//! Transport headers: ports, sequence numbers, what an ICMP error quotes, and the payload digest. Where the fields go
+//! is said in the table of `calitrace_ebpf::Plain`.
+
+use calitrace_ebpf::{Flags, Full};
+use network_types::{
+    icmp::Icmpv4Hdr,
+    ip::{Ipv4Hdr, Ipv6Hdr},
+    tcp::TcpHdr,
+    udp::UdpHdr,
+};
+
+use super::{
+    parse::{Bounds, IPPROTO_UDP, mapped},
+    view::View,
+};
+
+const IPPROTO_ICMP: u8 = 1;
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_ICMPV6: u8 = 58;
+const IPPROTO_SCTP: u8 = 132;
+
+/// Reads the transport header at `bounds` into `record`, as far as it is there.
+#[inline(always)]
+pub(super) fn header<V: View>(view: &V, bounds: Bounds, record: &mut Full) {
+    let plain = &mut record.plain;
+    plain.payload = bounds.end.saturating_sub(bounds.transport);
+    let v6 = plain.flags & Flags::V6 != 0;
+    let read = if plain.frag_off != 0 {
+        plain.digest = digest(view, bounds.transport, plain.payload);
+        None
+    } else {
+        match plain.proto {
+            IPPROTO_TCP => tcp(view, bounds, record),
+            IPPROTO_UDP => udp(view, bounds, record),
+            IPPROTO_ICMP if !v6 => icmp(view, bounds, v6, record),
+            IPPROTO_ICMPV6 if v6 => icmp(view, bounds, v6, record),
+            IPPROTO_SCTP => other(view, bounds, 12, record),
+            _ => other(view, bounds, 0, record),
+        }
+    };
+    if read.is_none() {
+        record.plain.flags |= Flags::NO_TRANSPORT;
+    }
+}
+
+#[inline(always)]
+fn tcp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
+    let tcp: TcpHdr = view.load(bounds.transport)?;
+    let plain = &mut record.plain;
+    // SAFETY: bytes 12 and 13 of the 20 that were read: data offset, and the flags as one byte.
+    let [offset, flags] = unsafe { (&raw const tcp).cast::<[u8; 2]>().add(6).read() };
+    let header = u32::from(offset >> 4) * 4;
+    plain.sport = u16::from_be_bytes(tcp.source);
+    plain.dport = u16::from_be_bytes(tcp.dest);
+    plain.seq = u32::from_be_bytes(tcp.seq);
+    plain.ack = u32::from_be_bytes(tcp.ack_seq);
+    plain.window = u16::from_be_bytes(tcp.window);
+    plain.tcp_flags = flags;
+    plain.payload = plain.payload.saturating_sub(header);
+    if let Some(tsval) = timestamp(view, bounds.transport + 20, bounds.transport + header) {
+        plain.tsval = tsval;
+        plain.flags |= Flags::TSVAL;
+    }
+    Some(())
+}
+
+/// The timestamp value among the TCP options in `from..to`.
+#[inline(always)]
+fn timestamp<V: View>(view: &V, from: u32, to: u32) -> Option<u32> {
+    if to < from + 10 {
+        return None;
+    }
+    // NOP, NOP, timestamps: what Linux sends with every segment of an established connection.
+    let common: [u8; 8] = view.load(from)?;
+    if let [1, 1, 8, 10, value @ ..] = common {
+        return Some(u32::from_be_bytes(value));
+    }
+    let mut at = from;
+    for _ in 0..12 {
+        if at + 2 > to {
+            return None;
+        }
+        let [kind, length]: [u8; 2] = view.load(at)?;
+        match kind {
+            0 => return None,
+            1 => at += 1,
+            8 => return Some(u32::from_be_bytes(view.load(at + 2)?)),
+            _ if length < 2 => return None,
+            _ => at += u32::from(length),
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn udp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
+    let udp: UdpHdr = view.load(bounds.transport)?;
+    let plain = &mut record.plain;
+    plain.sport = u16::from_be_bytes(udp.src);
+    plain.dport = u16::from_be_bytes(udp.dst);
+    plain.payload = plain.payload.saturating_sub(8);
+    plain.digest = digest(view, bounds.transport + 8, plain.payload);
+    Some(())
+}
+
+#[inline(always)]
+fn other<V: View>(view: &V, bounds: Bounds, skip: u32, record: &mut Full) -> Option<()> {
+    let plain = &mut record.plain;
+    plain.digest = digest(view, bounds.transport + skip, plain.payload.saturating_sub(skip));
+    Some(())
+}
+
+#[inline(always)]
+fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Option<()> {
+    // ICMPv6 has the same first eight bytes.
+    let icmp: Icmpv4Hdr = view.load(bounds.transport)?;
+    let plain = &mut record.plain;
+    plain.sport = u16::from_be_bytes([icmp.type_, icmp.code]);
+    plain.payload = plain.payload.saturating_sub(8);
+    let error = if v6 { icmp.type_ < 128 } else { matches!(icmp.type_, 3..=5 | 11 | 12) };
+    if error && quoted(view, bounds.transport + 8, v6, record).is_some() {
+        record.plain.tsval = u32::from_be_bytes(icmp.data);
+        record.plain.flags |= Flags::ICMP_ERROR;
+        return Some(());
+    }
+    // Identifier and sequence number of an echo, as one word.
+    let plain = &mut record.plain;
+    plain.seq = u32::from_be_bytes(icmp.data);
+    plain.digest = digest(view, bounds.transport + 8, plain.payload);
+    Some(())
+}
+
+/// Reads the packet that an ICMP error quotes. Leaves `record` alone if there is none.
+#[inline(always)]
+fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option<()> {
+    let (proto, ttl, id, length, dst, transport, first) = if v6 {
+        let ip: Ipv6Hdr = view.load(offset)?;
+        if ip.vcf[0] >> 4 != 6 {
+            return None;
+        }
+        let length = u32::from(u16::from_be_bytes(ip.payload_len)) + 40;
+        (ip.next_hdr, ip.hop_limit, 0, length, ip.dst_addr, offset + 40, true)
+    } else {
+        let ip: Ipv4Hdr = view.load(offset)?;
+        if ip.vihl >> 4 != 4 {
+            return None;
+        }
+        (
+            ip.proto,
+            ip.ttl,
+            u16::from_be_bytes(ip.id),
+            u32::from(u16::from_be_bytes(ip.tot_len)),
+            mapped(ip.dst_addr),
+            offset + u32::from(ip.vihl & 0xf) * 4,
+            u16::from_be_bytes(ip.frags) & 0x1fff == 0,
+        )
+    };
+    let plain = &mut record.plain;
+    plain.dport = u16::from_be_bytes([proto, ttl]);
+    plain.window = id;
+    plain.payload = length;
+    record.tail.quoted_dst = dst;
+    // Routers quote eight bytes of the transport header at least (RFC 792).
+    if first && let Some(bytes) = view.load::<[u8; 8]>(transport) {
+        let [a, b, c, d, e, f, g, h] = bytes;
+        let (former, latter) = (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]));
+        match proto {
+            IPPROTO_TCP => (plain.seq, plain.ack) = (former, latter),
+            IPPROTO_ICMP | IPPROTO_ICMPV6 => (plain.seq, plain.ack) = (latter, former >> 16),
+            _ => plain.seq = former,
+        }
+    }
+    Some(())
+}
+
+/// A digest of the first up to 32 of `length` bytes at `offset`: the same at every hook, whatever NAT does to the
+/// headers. 0 if there are none or they cannot be read.
+#[inline(always)]
+fn digest<V: View>(view: &V, offset: u32, length: u32) -> u64 {
+    if length == 0 {
+        return 0;
+    }
+    let mut words = [0_u64; 4];
+    if length >= 32 {
+        let Some(all) = view.load::<[u64; 4]>(offset) else { return 0 };
+        words = all;
+    } else {
+        // In pieces of constant size: old verifiers do not take a variable one.
+        let mut at = offset;
+        if length & 16 != 0 {
+            let Some([first, second]) = view.load::<[u64; 2]>(at) else { return 0 };
+            (words[0], words[1]) = (first, second);
+            at += 16;
+        }
+        if length & 8 != 0 {
+            let Some(word) = view.load::<u64>(at) else { return 0 };
+            words[2] = word;
+            at += 8;
+        }
+        if length & 4 != 0 {
+            let Some(half) = view.load::<u32>(at) else { return 0 };
+            words[3] |= u64::from(half);
+            at += 4;
+        }
+        if length & 2 != 0 {
+            let Some(quarter) = view.load::<u16>(at) else { return 0 };
+            words[3] |= u64::from(quarter) << 32;
+            at += 2;
+        }
+        if length & 1 != 0 {
+            let Some(byte) = view.load::<u8>(at) else { return 0 };
+            words[3] |= u64::from(byte) << 48;
+        }
+    }
+    let mut hash = u64::from(if length > 32 { 32 } else { length });
+    for word in words {
+        hash = mix(hash ^ word);
+    }
+    if hash == 0 { 1 } else { hash }
+}
+
+/// The finaliser of `SplitMix64`: every bit of the input changes half of the output's.
+#[inline(always)]
+fn mix(mut value: u64) -> u64 {
+    value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}

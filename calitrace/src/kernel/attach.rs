@@ -1,0 +1,288 @@
+//! Attaching to interfaces and detaching again, in each interface's own network namespace, and the counter slots that
+//! go with it.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Error, Result};
+use aya::programs::{
+    LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+    tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError},
+};
+use calitrace_ebpf::{Direction, Hook};
+
+use super::{clsact, hooks, load::Kernel, permission::program_io_error};
+use crate::{event::Netns, netns};
+
+/// Priorities of our clsact filters: the first that a filter can have on ingress, and one behind all that others
+/// commonly use on egress (Felix: below 50000).
+const FIRST_PRIORITY: u16 = 1;
+const LAST_PRIORITY: u16 = 0xfff0;
+
+/// How attaching went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attached {
+    /// The hook observes the interface.
+    Yes,
+    /// The interface is gone, as a deleted pod's is: nothing to observe, and no error.
+    Gone,
+}
+
+/// What has become of an attachment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttachmentCheck {
+    /// It is where it should be.
+    InPlace,
+    /// It observes, but another program has come before it on ingress, or behind it on egress.
+    Displaced,
+    /// Somebody took it away.
+    Lost,
+    /// The interface is gone.
+    Gone,
+}
+
+/// What is attached.
+#[derive(Default)]
+pub(super) struct Attachments {
+    tc: BTreeMap<(Netns, u32, Hook), Attachment>,
+    /// Interfaces that we added a clsact qdisc to.
+    qdiscs: BTreeMap<(Netns, u32), netns::Handle>,
+    /// Whether TCX works; `None` before the first attempt.
+    tcx: Option<bool>,
+    global: bool,
+}
+
+struct Attachment {
+    netns: netns::Handle,
+    ifname: String,
+    link: SchedClassifierLinkId,
+    tcx: bool,
+}
+
+impl Kernel {
+    /// Attaches a TC hook to an interface, in its namespace: first on ingress, so that a packet is seen as it comes,
+    /// last on egress, so that one that another program drops is not seen leaving. Attached already: nothing to do.
+    ///
+    /// The name must still be that of `ifindex`; otherwise the interface counts as gone.
+    pub fn attach_tc(
+        &mut self,
+        netns: &netns::Handle,
+        ifname: &str,
+        ifindex: u32,
+        hook: Hook,
+    ) -> Result<Attached> {
+        let key = (netns.inode(), ifindex, hook);
+        if self.attachments.tc.contains_key(&key) {
+            return Ok(Attached::Yes);
+        }
+        let try_tcx = self.config.tcx && self.attachments.tcx != Some(false);
+        let tcx_known = self.attachments.tcx == Some(true);
+        let instance = self.instance(netns.inode())?;
+        // Before the first packet: it must not be counted elsewhere.
+        instance.open_slot(netns.inode(), 0, Hook::KfreeSkb)?;
+        instance.open_slot(netns.inode(), ifindex, hook)?;
+        let classifier = instance.classifier(hook)?;
+        let attached = netns.run(|| attach(classifier, ifname, ifindex, hook, try_tcx, tcx_known));
+        match attached {
+            Ok(Some(done)) => {
+                if done.tcx {
+                    self.attachments.tcx = Some(true);
+                } else {
+                    self.attachments.tcx = Some(false);
+                    if done.added_qdisc {
+                        self.attachments.qdiscs.insert((netns.inode(), ifindex), netns.clone());
+                    }
+                }
+                let attachment = Attachment {
+                    netns: netns.clone(),
+                    ifname: ifname.to_owned(),
+                    link: done.link,
+                    tcx: done.tcx,
+                };
+                self.attachments.tc.insert(key, attachment);
+                Ok(Attached::Yes)
+            }
+            Ok(None) => {
+                self.instance(netns.inode())?.close_slot(netns.inode(), ifindex, hook)?;
+                Ok(Attached::Gone)
+            }
+            Err(error) => {
+                self.instance(netns.inode())?.close_slot(netns.inode(), ifindex, hook)?;
+                Err(error.context(format!("cannot attach {} to {ifname}", hooks::row(hook).name)))
+            }
+        }
+    }
+
+    /// Detaches a TC hook from an interface and keeps its counts. Not attached, or the interface gone: no error.
+    pub fn detach_tc(&mut self, netns: Netns, ifindex: u32, hook: Hook) -> Result<()> {
+        let Some(attachment) = self.attachments.tc.remove(&(netns, ifindex, hook)) else {
+            return Ok(());
+        };
+        let last = !self.attachments.tc.keys().any(|&(other, index, _)| (other, index) == (netns, ifindex));
+        let qdisc = if last { self.attachments.qdiscs.remove(&(netns, ifindex)) } else { None };
+        let instance = self.instance(netns)?;
+        let Attachment { netns: handle, ifname, link, tcx } = attachment;
+        let classifier = instance.classifier(hook)?;
+        let detached = if tcx {
+            classifier.detach(link).map_err(Error::new)
+        } else {
+            handle.run(|| {
+                match classifier.detach(link) {
+                    Err(error) if gone(&error) => return Ok(()),
+                    done => done?,
+                }
+                if qdisc.is_some() { clsact::remove_if_empty(ifindex) } else { Ok(()) }
+            })
+        };
+        // The program no longer runs there: detaching waits for those that do.
+        let closed = self.instance(netns)?.close_slot(netns, ifindex, hook);
+        detached.with_context(|| format!("cannot detach {} from {ifname}", hooks::row(hook).name))?;
+        closed
+    }
+
+    /// Detaches everything. Goes on after an error and returns the first.
+    pub fn detach_all(&mut self) -> Result<()> {
+        let keys: Vec<_> = self.attachments.tc.keys().copied().collect();
+        let mut result = Ok(());
+        for (netns, ifindex, hook) in keys {
+            result = result.and(self.detach_tc(netns, ifindex, hook));
+        }
+        if std::mem::take(&mut self.attachments.global) {
+            for instance in self.instances.values_mut() {
+                for row in hooks::TABLE {
+                    if let hooks::Attach::RawTracepoint(_) = row.attach {
+                        result = result.and(instance.detach_raw_tracepoint(row.hook));
+                    }
+                }
+            }
+        }
+        result
+    }
+
+    /// Looks whether an attachment is still where it should be.
+    pub fn check_tc(&self, netns: Netns, ifindex: u32, hook: Hook) -> Result<AttachmentCheck> {
+        let Some(attachment) = self.attachments.tc.get(&(netns, ifindex, hook)) else {
+            return Ok(AttachmentCheck::Lost);
+        };
+        let program = self
+            .loaded_instance(netns)
+            .and_then(|instance| instance.loaded_classifier(hook))
+            .context("the program is not loaded")?;
+        let id = program.info().context("ask for the program's id")?.id();
+        let ifname = &attachment.ifname;
+        let direction = direction(hook);
+        attachment.netns.run(|| {
+            if ifindex_of(ifname) != Some(ifindex) {
+                return Ok(AttachmentCheck::Gone);
+            }
+            let place = if attachment.tcx {
+                let (_, programs) = SchedClassifier::query_tcx(ifname, direction)
+                    .with_context(|| format!("list the TCX programs of {ifname}"))?;
+                let at = programs.iter().position(|program| program.id() == id);
+                at.map(|at| (at, programs.len()))
+            } else {
+                let names = clsact::names(ifindex, direction)?;
+                let at = names.iter().position(|name| name == hooks::row(hook).program);
+                at.map(|at| (at, names.len()))
+            };
+            Ok(match (place, hook.direction()) {
+                (None, _) => AttachmentCheck::Lost,
+                (Some((0, _)), Direction::Ingress) => AttachmentCheck::InPlace,
+                (Some((at, count)), Direction::Egress) if at + 1 == count => AttachmentCheck::InPlace,
+                (Some(_), _) => AttachmentCheck::Displaced,
+            })
+        })
+    }
+
+    /// What is attached to interfaces: namespace, interface, hook.
+    pub fn attached(&self) -> impl Iterator<Item = (Netns, u32, Hook)> {
+        self.attachments.tc.keys().copied()
+    }
+
+    pub(super) fn note_global(&mut self) {
+        self.attachments.global = true;
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        if let Err(error) = self.detach_all() {
+            log::warn!("{error:#}");
+        }
+    }
+}
+
+struct Done {
+    link: SchedClassifierLinkId,
+    tcx: bool,
+    added_qdisc: bool,
+}
+
+/// Attaches in the calling thread's namespace; `None` if the interface is gone.
+fn attach(
+    classifier: &mut SchedClassifier,
+    ifname: &str,
+    ifindex: u32,
+    hook: Hook,
+    try_tcx: bool,
+    tcx_known: bool,
+) -> Result<Option<Done>> {
+    if ifindex_of(ifname) != Some(ifindex) {
+        return Ok(None);
+    }
+    let ingress = hook.direction() == Direction::Ingress;
+    let direction = direction(hook);
+    if try_tcx {
+        let order = if ingress { LinkOrder::first() } else { LinkOrder::last() };
+        match classifier.attach_with_options(ifname, direction, TcAttachOptions::TcxOrder(order)) {
+            Ok(link) => return Ok(Some(Done { link, tcx: true, added_qdisc: false })),
+            Err(error) if gone(&error) => return Ok(None),
+            // Before 6.6, and without CONFIG_NET_XGRESS.
+            Err(error) if !tcx_known && unsupported(&error) => {
+                log::debug!("no TCX on this kernel ({error}): clsact instead");
+            }
+            Err(error) => return Err(error).context("attach by TCX"),
+        }
+    }
+    clsact::sweep(ifname, ifindex)?;
+    let added_qdisc = clsact::add(ifname)?;
+    let priority = if ingress { FIRST_PRIORITY } else { LAST_PRIORITY };
+    let options = TcAttachOptions::Netlink(NlOptions { priority, ..NlOptions::default() });
+    match classifier.attach_with_options(ifname, direction, options) {
+        Ok(link) => Ok(Some(Done { link, tcx: false, added_qdisc })),
+        Err(error) if gone(&error) => Ok(None),
+        Err(error) => {
+            if added_qdisc {
+                clsact::remove_if_empty(ifindex)?;
+            }
+            Err(error).context("attach a clsact filter")
+        }
+    }
+}
+
+fn direction(hook: Hook) -> TcAttachType {
+    match hook.direction() {
+        Direction::Ingress => TcAttachType::Ingress,
+        Direction::Egress | Direction::None => TcAttachType::Egress,
+    }
+}
+
+fn ifindex_of(ifname: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(ifname).ok()
+}
+
+fn errno(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => error.raw_os_error(),
+        other => program_io_error(other)?.raw_os_error(),
+    }
+}
+
+/// Whether an error says that the interface has vanished.
+fn gone(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::UnknownInterface { .. }) || matches!(errno(error), Some(libc::ENODEV | libc::ENXIO))
+}
+
+/// Whether an error says that the kernel has no TCX.
+fn unsupported(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::EINVAL | libc::EOPNOTSUPP))
+}

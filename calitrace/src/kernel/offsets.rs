@@ -1,0 +1,54 @@
+//! Which kernel structure members the programs read, taken from BTF.
+
+use calitrace_ebpf::shared::{OFFSET_UNKNOWN, Offsets};
+
+use super::btf::Btf;
+
+/// Reads every offset that [`Offsets`] has; one that the kernel lacks stays unknown, and the programs do without.
+pub(super) fn read(btf: &Btf) -> Offsets {
+    let skb = |member: &str| btf.offset("sk_buff", &[member]).unwrap_or(OFFSET_UNKNOWN);
+    let of = |structure: &str, path: &[&str]| btf.offset(structure, path).unwrap_or(OFFSET_UNKNOWN);
+    Offsets {
+        skb_head: skb("head"),
+        skb_dev: skb("dev"),
+        skb_len: skb("len"),
+        skb_data_len: skb("data_len"),
+        skb_data: skb("data"),
+        skb_protocol: skb("protocol"),
+        skb_network_header: skb("network_header"),
+        skb_mac_header: skb("mac_header"),
+        skb_end: skb("end"),
+        shinfo_gso_size: of("skb_shared_info", &["gso_size"]),
+        shinfo_gso_segs: of("skb_shared_info", &["gso_segs"]),
+        dev_ifindex: of("net_device", &["ifindex"]),
+        dev_nd_net: of("net_device", &["nd_net"]),
+        net_inum: of("net", &["ns", "inum"]),
+        kfree_has_reason: u32::from(kfree_has_reason(btf)),
+        pad: 0,
+    }
+}
+
+/// Whether `trace_kfree_skb(skb, location, reason, …)` has its third argument: since 5.17, of type
+/// `enum skb_drop_reason`. A typedef `btf_trace_NAME` has `void *__data` before them.
+fn kfree_has_reason(btf: &Btf) -> bool {
+    btf.parameters("btf_trace_kfree_skb").is_some_and(|parameters| parameters >= 4)
+        && btf.enum_values("skb_drop_reason").is_some()
+}
+
+/// Whether namespaces and drops can be told with these.
+pub(super) fn suffice(offsets: &Offsets) -> bool {
+    [
+        offsets.skb_head,
+        offsets.skb_dev,
+        offsets.skb_len,
+        offsets.skb_data_len,
+        offsets.skb_data,
+        offsets.skb_protocol,
+        offsets.skb_network_header,
+        offsets.dev_ifindex,
+        offsets.dev_nd_net,
+        offsets.net_inum,
+    ]
+    .iter()
+    .all(|&offset| offset != OFFSET_UNKNOWN)
+}

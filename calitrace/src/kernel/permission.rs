@@ -1,0 +1,162 @@
+//! Permission to load programs: what is missing, as an error that callers can tell from others.
+
+use std::{fmt, fs, io};
+
+use aya::{
+    EbpfError,
+    maps::MapError,
+    programs::{ProgramError, tc::TcError},
+    sys::SyscallError,
+};
+
+/// The process may not do what tracing takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotPermitted {
+    /// Names of the capabilities that are missing; empty if it has them all and the kernel refused nevertheless.
+    pub missing: Vec<&'static str>,
+    /// What was refused, where something was tried.
+    pub operation: String,
+}
+
+impl fmt::Display for NotPermitted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.missing.is_empty() {
+            write!(
+                f,
+                "the kernel does not permit it to {} although all capabilities are there \
+                 (kernel lockdown, a seccomp filter or a user namespace?)",
+                self.operation
+            )
+        } else {
+            write!(
+                f,
+                "no permission to {}: {} missing; run it as root (sudo calitrace …)",
+                self.operation,
+                self.missing.join(", ")
+            )
+        }
+    }
+}
+
+impl std::error::Error for NotPermitted {}
+
+/// Bits of a capability set (include/uapi/linux/capability.h).
+const NET_ADMIN: u32 = 12;
+const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
+const BPF: u32 = 39;
+
+/// Fails if a capability is missing that tracing needs: `CAP_BPF` and `CAP_PERFMON` (or `CAP_SYS_ADMIN` in their
+/// place) for the programs, `CAP_NET_ADMIN` to attach them, `CAP_SYS_ADMIN` to enter network namespaces.
+pub fn check(operation: &str) -> Result<(), NotPermitted> {
+    let missing = missing(effective().unwrap_or(u64::MAX));
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(NotPermitted { missing, operation: operation.to_owned() })
+}
+
+fn missing(effective: u64) -> Vec<&'static str> {
+    let has = |bit: u32| effective >> bit & 1 == 1;
+    let mut missing = Vec::new();
+    if !has(SYS_ADMIN) {
+        missing.push("CAP_SYS_ADMIN");
+        if !has(BPF) {
+            missing.push("CAP_BPF");
+        }
+        if !has(PERFMON) {
+            missing.push("CAP_PERFMON");
+        }
+    }
+    if !has(NET_ADMIN) {
+        missing.push("CAP_NET_ADMIN");
+    }
+    missing
+}
+
+/// The effective capability set of this thread.
+fn effective() -> Option<u64> {
+    let status = fs::read_to_string("/proc/thread-self/status").ok()?;
+    parse_effective(&status)
+}
+
+fn parse_effective(status: &str) -> Option<u64> {
+    let digits = status.lines().find_map(|line| line.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(digits.trim(), 16).ok()
+}
+
+/// Turns a refusal by the kernel into [`NotPermitted`]; other errors stay what they are.
+pub(super) fn explain(error: EbpfError, operation: &str) -> anyhow::Error {
+    if io_error(&error).is_some_and(|io| matches!(io.raw_os_error(), Some(libc::EPERM | libc::EACCES))) {
+        let missing = missing(effective().unwrap_or(u64::MAX));
+        // EACCES is also what the verifier answers to a program it refuses: then its log says why.
+        if !missing.is_empty() || !verifier_spoke(&error) {
+            return anyhow::Error::new(error)
+                .context(NotPermitted { missing, operation: operation.to_owned() });
+        }
+    }
+    anyhow::Error::new(error).context(format!("cannot {operation}"))
+}
+
+fn verifier_spoke(error: &EbpfError) -> bool {
+    matches!(error, EbpfError::ProgramError(ProgramError::LoadError { verifier_log, .. })
+        if !verifier_log.to_string().trim().is_empty())
+}
+
+/// The error of the system call behind an error of aya.
+pub(super) fn io_error(error: &EbpfError) -> Option<&io::Error> {
+    match error {
+        EbpfError::ProgramError(error) => program_io_error(error),
+        EbpfError::MapError(error) => map_io_error(error),
+        _ => None,
+    }
+}
+
+/// As [`io_error`].
+pub(super) fn program_io_error(error: &ProgramError) -> Option<&io::Error> {
+    match error {
+        ProgramError::LoadError { io_error, .. }
+        | ProgramError::SyscallError(SyscallError { io_error, .. })
+        | ProgramError::TcError(TcError::IoError(io_error))
+        | ProgramError::IOError(io_error) => Some(io_error),
+        ProgramError::MapError(error) => map_io_error(error),
+        _ => None,
+    }
+}
+
+fn map_io_error(error: &MapError) -> Option<&io::Error> {
+    match error {
+        MapError::CreateError { io_error, .. }
+        | MapError::SyscallError(SyscallError { io_error, .. })
+        | MapError::IoError(io_error) => Some(io_error),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert_eq!(missing(u64::MAX), Vec::<&str>::new());
+        assert_eq!(missing(0), ["CAP_SYS_ADMIN", "CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]);
+        assert_eq!(missing(1 << SYS_ADMIN), ["CAP_NET_ADMIN"]);
+        assert_eq!(missing(1 << BPF | 1 << PERFMON | 1 << NET_ADMIN), ["CAP_SYS_ADMIN"]);
+    }
+
+    #[test]
+    fn the_effective_set_is_read() {
+        assert_eq!(parse_effective("Name:\tx\nCapPrm:\t0000000000000001\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
+        assert_eq!(parse_effective("Name:\tx\n"), None);
+    }
+
+    #[test]
+    fn the_message_says_what_to_do() {
+        let error = NotPermitted { missing: vec!["CAP_NET_ADMIN"], operation: "load eBPF programs".into() };
+        assert_eq!(
+            error.to_string(),
+            "no permission to load eBPF programs: CAP_NET_ADMIN missing; run it as root (sudo calitrace …)"
+        );
+    }
+}
