@@ -98,7 +98,7 @@ pub struct InterfaceKey {
 
 /// The first slots are those of the hooks themselves, by number: there counts what no attachment's slot is known for
 /// (drops in namespaces that are no node's).
-pub const FIRST_SLOT: u32 = crate::Hook::ALL.len() as u32;
+pub const FIRST_SLOT: u32 = 7;
 /// Number of counter slots: about 4,000 attachments.
 pub const SLOTS: u32 = 4096;
 /// Capacity of each scope table.
@@ -129,6 +129,7 @@ pub mod names {
 }
 
 const _: () = {
+    assert!(FIRST_SLOT as usize == crate::Hook::ALL.len());
     assert!(size_of::<Offsets>() == 64);
     assert!(size_of::<Counters>() == 40);
     assert!(size_of::<InterfaceKey>() == 16);

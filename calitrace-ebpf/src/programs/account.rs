@@ -34,14 +34,19 @@ pub(super) fn in_scope(plain: &Plain) -> bool {
     } else {
         let [.., a, b, c, d] = plain.src;
         let [.., e, f, g, h] = plain.dst;
-        SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some() || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
+        SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some()
+            || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
     }
 }
 
 /// Counts one run of a hook's program in the slot of its interface.
 #[inline(always)]
 pub(super) fn count(hook: Hook, netns: u64, ifindex: u32, outcome: Outcome) {
-    let key = InterfaceKey { netns, ifindex, hook: hook as u32 };
+    let key = InterfaceKey {
+        netns,
+        ifindex,
+        hook: hook as u32,
+    };
     // SAFETY: a slot number, replaced as a whole; a stale one counts in a slot that is still read.
     let slot = unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook as u32);
     let Some(counters) = COUNTERS.get_ptr_mut(slot) else {
@@ -114,7 +119,9 @@ pub(super) fn namespace(skb: u64) -> u64 {
 pub(super) fn record(full: &mut Full, hook: Hook, skb: u64) -> Outcome {
     full.plain.hook = hook as u8;
     full.plain.skb = skb;
-    full.plain.head = known!(skb_head).and_then(|offset| field(skb, offset)).unwrap_or(0);
+    full.plain.head = known!(skb_head)
+        .and_then(|offset| field(skb, offset))
+        .unwrap_or(0);
     // SAFETY: helpers without arguments.
     unsafe {
         full.plain.cpu = bpf_get_smp_processor_id() as u16;
@@ -145,6 +152,10 @@ fn submit<T: Copy + 'static>(full: &Full) -> Outcome {
     let unread = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
     let watermark = WATERMARK.load();
     let crossed = unread >= watermark && unread < watermark + size_of::<T>() as u64 + 8;
-    entry.submit(u64::from(if crossed { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP }));
+    entry.submit(u64::from(if crossed {
+        BPF_RB_FORCE_WAKEUP
+    } else {
+        BPF_RB_NO_WAKEUP
+    }));
     Outcome::Recorded
 }

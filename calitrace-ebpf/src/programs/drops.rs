@@ -14,9 +14,12 @@ use super::{
 #[raw_tracepoint(tracepoint = "kfree_skb")]
 fn calitrace_kfree_skb(ctx: RawTracePointContext) -> i32 {
     let skb: u64 = ctx.arg(0);
-    let dev = known!(skb_dev).and_then(|offset| field::<u64>(skb, offset)).unwrap_or(0);
+    let dev = known!(skb_dev)
+        .and_then(|offset| field::<u64>(skb, offset))
+        .unwrap_or(0);
     let (netns, ifindex) = account::device(dev);
-    let outcome = maps::nested_draft(|full| observe(&ctx, skb, (netns, ifindex), full)).unwrap_or(Outcome::NonIp);
+    let outcome =
+        maps::nested_draft(|full| observe(&ctx, skb, (netns, ifindex), full)).unwrap_or(Outcome::NonIp);
     account::count(Hook::KfreeSkb, netns, 0, outcome);
     0
 }
@@ -38,7 +41,10 @@ fn observe(ctx: &RawTracePointContext, skb: u64, (netns, ifindex): (u64, u32), f
         full.plain.reason = ctx.arg(2);
     }
     segmentation(skb, full);
-    debug!(ctx, "drop, reason {} at {:x}", full.plain.reason, full.tail.location);
+    debug!(
+        ctx,
+        "drop, reason {} at {:x}", full.plain.reason, full.tail.location
+    );
     account::record(full, Hook::KfreeSkb, skb)
 }
 
@@ -59,9 +65,12 @@ fn parsed(skb: u64, full: &mut Full) -> bool {
 /// Reads `gso_size` and `gso_segs` from the `skb_shared_info` at the end of the buffer.
 #[inline(always)]
 fn segmentation(skb: u64, full: &mut Full) {
-    let (Some(head), Some(end), Some(size), Some(segs)) =
-        (known!(skb_head), known!(skb_end), known!(shinfo_gso_size), known!(shinfo_gso_segs))
-    else {
+    let (Some(head), Some(end), Some(size), Some(segs)) = (
+        known!(skb_head),
+        known!(skb_end),
+        known!(shinfo_gso_size),
+        known!(shinfo_gso_segs),
+    ) else {
         return;
     };
     let (Some(head), Some(end)) = (field::<u64>(skb, head), field::<u32>(skb, end)) else {

@@ -90,7 +90,11 @@ pub(super) static WATERMARK: Global<u64> = Global::new(4 << 20);
 pub(super) fn offset(field: impl FnOnce(*const Offsets) -> *const u32) -> Option<usize> {
     // SAFETY: `field` projects into the static. Volatile, because the loader replaces the value.
     let value = unsafe { field(&raw const OFFSETS).read_volatile() };
-    if value == OFFSET_UNKNOWN { None } else { Some(value as usize) }
+    if value == OFFSET_UNKNOWN {
+        None
+    } else {
+        Some(value as usize)
+    }
 }
 
 /// Projects [`Offsets`] to one field, for [`offset`].

@@ -64,7 +64,11 @@ pub(super) fn packet<V: View>(view: &V, protocol: u16, record: &mut Full) -> boo
 /// Reads the IP header at `offset`. Leaves `record` alone if there is none.
 #[inline(always)]
 fn ip<V: View>(view: &V, v6: bool, offset: u32, record: &mut Full) -> Option<Bounds> {
-    if v6 { ipv6(view, offset, record) } else { ipv4(view, offset, record) }
+    if v6 {
+        ipv6(view, offset, record)
+    } else {
+        ipv4(view, offset, record)
+    }
 }
 
 #[inline(always)]
@@ -92,7 +96,10 @@ fn ipv4<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
     plain.ip_id = u32::from(u16::from_be_bytes(header.id));
     plain.src = mapped(header.src_addr);
     plain.dst = mapped(header.dst_addr);
-    Some(Bounds { transport: offset + header_length, end: offset + length })
+    Some(Bounds {
+        transport: offset + header_length,
+        end: offset + length,
+    })
 }
 
 #[inline(always)]
@@ -119,13 +126,17 @@ fn ipv6<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
         match next {
             // Hop-by-hop options, routing, destination options: length in units of 8 bytes, without the first.
             0 | 43 | 60 => {
-                let Some([following, size]) = view.load::<[u8; 2]>(transport) else { break };
+                let Some([following, size]) = view.load::<[u8; 2]>(transport) else {
+                    break;
+                };
                 next = following;
                 transport += (u32::from(size) + 1) * 8;
             }
             // Fragment.
             44 => {
-                let Some([following, _, high, low, id @ ..]) = view.load::<[u8; 8]>(transport) else { break };
+                let Some([following, _, high, low, id @ ..]) = view.load::<[u8; 8]>(transport) else {
+                    break;
+                };
                 let fragment = u16::from_be_bytes([high, low]);
                 next = following;
                 transport += 8;
@@ -141,7 +152,9 @@ fn ipv6<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
             }
             // Authentication header: units of 4 bytes, without the first two.
             51 => {
-                let Some([following, size]) = view.load::<[u8; 2]>(transport) else { break };
+                let Some([following, size]) = view.load::<[u8; 2]>(transport) else {
+                    break;
+                };
                 next = following;
                 transport += (u32::from(size) + 2) * 4;
             }
@@ -149,14 +162,21 @@ fn ipv6<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
         }
     }
     plain.proto = next;
-    Some(Bounds { transport, end: offset + length })
+    Some(Bounds {
+        transport,
+        end: offset + length,
+    })
 }
 
 /// The length that a header says, or that of a super-packet above 64 KiB, whose header says 0 (big TCP,
 /// include/net/ipv6.h and include/linux/ip.h `iph_totlen`, Linux 6.3).
 #[inline(always)]
 fn total_length<V: View>(view: &V, offset: u32, said: u32) -> Option<u32> {
-    if said == 0 { view.end()?.checked_sub(offset) } else { Some(said) }
+    if said == 0 {
+        view.end()?.checked_sub(offset)
+    } else {
+        Some(said)
+    }
 }
 
 /// Whether the packet carries another in a tunnel: its kind, VNI, the offset of the inner IP header and whether that

@@ -117,7 +117,11 @@ fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Optio
     let plain = &mut record.plain;
     plain.sport = u16::from_be_bytes([icmp.type_, icmp.code]);
     plain.payload = plain.payload.saturating_sub(8);
-    let error = if v6 { icmp.type_ < 128 } else { matches!(icmp.type_, 3..=5 | 11 | 12) };
+    let error = if v6 {
+        icmp.type_ < 128
+    } else {
+        matches!(icmp.type_, 3..=5 | 11 | 12)
+    };
     if error && quoted(view, bounds.transport + 8, v6, record).is_some() {
         record.plain.tsval = u32::from_be_bytes(icmp.data);
         record.plain.flags |= Flags::ICMP_ERROR;
@@ -139,7 +143,15 @@ fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option
             return None;
         }
         let length = u32::from(u16::from_be_bytes(ip.payload_len)) + 40;
-        (ip.next_hdr, ip.hop_limit, 0, length, ip.dst_addr, offset + 40, true)
+        (
+            ip.next_hdr,
+            ip.hop_limit,
+            0,
+            length,
+            ip.dst_addr,
+            offset + 40,
+            true,
+        )
     } else {
         let ip: Ipv4Hdr = view.load(offset)?;
         if ip.vihl >> 4 != 4 {
@@ -182,28 +194,38 @@ fn digest<V: View>(view: &V, offset: u32, length: u32) -> u64 {
     }
     let mut words = [0_u64; 4];
     if length >= 32 {
-        let Some(all) = view.load::<[u64; 4]>(offset) else { return 0 };
+        let Some(all) = view.load::<[u64; 4]>(offset) else {
+            return 0;
+        };
         words = all;
     } else {
         // In pieces of constant size: old verifiers do not take a variable one.
         let mut at = offset;
         if length & 16 != 0 {
-            let Some([first, second]) = view.load::<[u64; 2]>(at) else { return 0 };
+            let Some([first, second]) = view.load::<[u64; 2]>(at) else {
+                return 0;
+            };
             (words[0], words[1]) = (first, second);
             at += 16;
         }
         if length & 8 != 0 {
-            let Some(word) = view.load::<u64>(at) else { return 0 };
+            let Some(word) = view.load::<u64>(at) else {
+                return 0;
+            };
             words[2] = word;
             at += 8;
         }
         if length & 4 != 0 {
-            let Some(half) = view.load::<u32>(at) else { return 0 };
+            let Some(half) = view.load::<u32>(at) else {
+                return 0;
+            };
             words[3] |= u64::from(half);
             at += 4;
         }
         if length & 2 != 0 {
-            let Some(quarter) = view.load::<u16>(at) else { return 0 };
+            let Some(quarter) = view.load::<u16>(at) else {
+                return 0;
+            };
             words[3] |= u64::from(quarter) << 32;
             at += 2;
         }

@@ -7,9 +7,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_NET},
     helpers::{
         bpf_probe_read_kernel,
-        generated::{
-            bpf_probe_read_kernel as probe_read, bpf_skb_load_bytes, bpf_skb_load_bytes_relative,
-        },
+        generated::{bpf_probe_read_kernel as probe_read, bpf_skb_load_bytes, bpf_skb_load_bytes_relative},
     },
 };
 
@@ -113,7 +111,11 @@ fn raw_network_offset(skb: *mut __sk_buff) -> i64 {
             (*skb).protocol,
         )
     };
-    if status == 0 && u32::from(ether_type) == protocol { 14 } else { 0 }
+    if status == 0 && u32::from(ether_type) == protocol {
+        14
+    } else {
+        0
+    }
 }
 
 /// The packet of a `struct sk_buff *` seen by a tracing program.
@@ -148,7 +150,11 @@ impl KernelView {
         if linear > 1 << 20 || end > 1 << 20 {
             return None;
         }
-        Some(Self { network, linear: linear as u32, end: end as u32 })
+        Some(Self {
+            network,
+            linear: linear as u32,
+            end: end as u32,
+        })
     }
 }
 
@@ -168,7 +174,11 @@ impl View for KernelView {
             )
         };
         // SAFETY: the helper filled it, and any bytes make a header.
-        if status == 0 { Some(unsafe { value.0.assume_init() }) } else { None }
+        if status == 0 {
+            Some(unsafe { value.0.assume_init() })
+        } else {
+            None
+        }
     }
 
     #[inline(always)]

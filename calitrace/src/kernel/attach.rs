@@ -89,7 +89,9 @@ impl Kernel {
                 } else {
                     self.attachments.tcx = Some(false);
                     if done.added_qdisc {
-                        self.attachments.qdiscs.insert((netns.inode(), ifindex), netns.clone());
+                        self.attachments
+                            .qdiscs
+                            .insert((netns.inode(), ifindex), netns.clone());
                     }
                 }
                 let attachment = Attachment {
@@ -102,11 +104,13 @@ impl Kernel {
                 Ok(Attached::Yes)
             }
             Ok(None) => {
-                self.instance(netns.inode())?.close_slot(netns.inode(), ifindex, hook)?;
+                self.instance(netns.inode())?
+                    .close_slot(netns.inode(), ifindex, hook)?;
                 Ok(Attached::Gone)
             }
             Err(error) => {
-                self.instance(netns.inode())?.close_slot(netns.inode(), ifindex, hook)?;
+                self.instance(netns.inode())?
+                    .close_slot(netns.inode(), ifindex, hook)?;
                 Err(error.context(format!("cannot attach {} to {ifname}", hooks::row(hook).name)))
             }
         }
@@ -117,10 +121,23 @@ impl Kernel {
         let Some(attachment) = self.attachments.tc.remove(&(netns, ifindex, hook)) else {
             return Ok(());
         };
-        let last = !self.attachments.tc.keys().any(|&(other, index, _)| (other, index) == (netns, ifindex));
-        let qdisc = if last { self.attachments.qdiscs.remove(&(netns, ifindex)) } else { None };
+        let last = !self
+            .attachments
+            .tc
+            .keys()
+            .any(|&(other, index, _)| (other, index) == (netns, ifindex));
+        let qdisc = if last {
+            self.attachments.qdiscs.remove(&(netns, ifindex))
+        } else {
+            None
+        };
         let instance = self.instance(netns)?;
-        let Attachment { netns: handle, ifname, link, tcx } = attachment;
+        let Attachment {
+            netns: handle,
+            ifname,
+            link,
+            tcx,
+        } = attachment;
         let classifier = instance.classifier(hook)?;
         let detached = if tcx {
             classifier.detach(link).map_err(Error::new)
@@ -130,7 +147,11 @@ impl Kernel {
                     Err(error) if gone(&error) => return Ok(()),
                     done => done?,
                 }
-                if qdisc.is_some() { clsact::remove_if_empty(ifindex) } else { Ok(()) }
+                if qdisc.is_some() {
+                    clsact::remove_if_empty(ifindex)
+                } else {
+                    Ok(())
+                }
             })
         };
         // The program no longer runs there: detaching waits for those that do.
@@ -232,9 +253,19 @@ fn attach(
     let ingress = hook.direction() == Direction::Ingress;
     let direction = direction(hook);
     if try_tcx {
-        let order = if ingress { LinkOrder::first() } else { LinkOrder::last() };
+        let order = if ingress {
+            LinkOrder::first()
+        } else {
+            LinkOrder::last()
+        };
         match classifier.attach_with_options(ifname, direction, TcAttachOptions::TcxOrder(order)) {
-            Ok(link) => return Ok(Some(Done { link, tcx: true, added_qdisc: false })),
+            Ok(link) => {
+                return Ok(Some(Done {
+                    link,
+                    tcx: true,
+                    added_qdisc: false,
+                }));
+            }
             Err(error) if gone(&error) => return Ok(None),
             // Before 6.6, and without CONFIG_NET_XGRESS.
             Err(error) if !tcx_known && unsupported(&error) => {
@@ -246,9 +277,16 @@ fn attach(
     clsact::sweep(ifname, ifindex)?;
     let added_qdisc = clsact::add(ifname)?;
     let priority = if ingress { FIRST_PRIORITY } else { LAST_PRIORITY };
-    let options = TcAttachOptions::Netlink(NlOptions { priority, ..NlOptions::default() });
+    let options = TcAttachOptions::Netlink(NlOptions {
+        priority,
+        ..NlOptions::default()
+    });
     match classifier.attach_with_options(ifname, direction, options) {
-        Ok(link) => Ok(Some(Done { link, tcx: false, added_qdisc })),
+        Ok(link) => Ok(Some(Done {
+            link,
+            tcx: false,
+            added_qdisc,
+        })),
         Err(error) if gone(&error) => Ok(None),
         Err(error) => {
             if added_qdisc {
@@ -272,14 +310,17 @@ fn ifindex_of(ifname: &str) -> Option<u32> {
 
 fn errno(error: &ProgramError) -> Option<i32> {
     match error {
-        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => error.raw_os_error(),
+        ProgramError::TcError(TcError::NetlinkError(error)) | ProgramError::NetlinkError(error) => {
+            error.raw_os_error()
+        }
         other => program_io_error(other)?.raw_os_error(),
     }
 }
 
 /// Whether an error says that the interface has vanished.
 fn gone(error: &ProgramError) -> bool {
-    matches!(error, ProgramError::UnknownInterface { .. }) || matches!(errno(error), Some(libc::ENODEV | libc::ENXIO))
+    matches!(error, ProgramError::UnknownInterface { .. })
+        || matches!(errno(error), Some(libc::ENODEV | libc::ENXIO))
 }
 
 /// Whether an error says that the kernel has no TCX.

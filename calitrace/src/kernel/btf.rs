@@ -65,8 +65,8 @@ struct Type {
     length: usize,
     /// Members of a structure say whether they are bit-fields.
     flag: bool,
-    /// Size, or the type referred to.
-    size_or_type: u32,
+    /// The type referred to; of others the size in bytes.
+    refers_to: u32,
     /// Where what follows the fixed part begins in the data.
     rest: usize,
 }
@@ -95,7 +95,11 @@ impl Btf {
         let part = |offset: u32, length: u32, name| {
             let start = body.saturating_add(offset as usize);
             let end = start.saturating_add(length as usize);
-            if end <= data.len() { Ok(start..end) } else { Err(BtfError::Truncated(name)) }
+            if end <= data.len() {
+                Ok(start..end)
+            } else {
+                Err(BtfError::Truncated(name))
+            }
         };
         let types = part(header(8)?, header(12)?, "types")?;
         let strings = part(header(16)?, header(20)?, "strings")?;
@@ -111,7 +115,11 @@ impl Btf {
             }
             starts.push(start);
         }
-        Ok(Self { data, strings, types: starts })
+        Ok(Self {
+            data,
+            strings,
+            types: starts,
+        })
     }
 
     /// Offset in bytes of a member of a structure. `path` leads from structure to structure; anonymous ones in
@@ -130,7 +138,10 @@ impl Btf {
             let found = self.member_of(self.resolve(id)?, name, DEPTH)?;
             total = total.checked_add(found.bit_offset)?;
             id = found.type_id;
-            last = Some(Member { bit_offset: total, ..found });
+            last = Some(Member {
+                bit_offset: total,
+                ..found
+            });
         }
         last
     }
@@ -152,7 +163,7 @@ impl Btf {
     pub fn parameters(&self, typedef: &str) -> Option<usize> {
         let id = self.find(typedef, &[KIND_TYPEDEF])?;
         let pointer = self.get(self.resolve(id)?)?;
-        let function = self.get(self.resolve((pointer.kind == KIND_PTR).then_some(pointer.size_or_type)?)?)?;
+        let function = self.get(self.resolve((pointer.kind == KIND_PTR).then_some(pointer.refers_to)?)?)?;
         (function.kind == KIND_FUNC_PROTO).then_some(function.length)
     }
 
@@ -186,7 +197,7 @@ impl Btf {
             let found = self.get(id)?;
             match found.kind {
                 KIND_TYPEDEF | KIND_VOLATILE | KIND_CONST | KIND_RESTRICT | KIND_TYPE_TAG => {
-                    id = found.size_or_type;
+                    id = found.refers_to;
                 }
                 _ => return Some(id),
             }
@@ -203,14 +214,27 @@ impl Btf {
             let at = outer.rest + index * 12;
             let (member_name, type_id) = (word(&self.data, at)?, word(&self.data, at + 4)?);
             let placed = word(&self.data, at + 8)?;
-            let (bit_offset, bits) =
-                if outer.flag { (placed & 0x00ff_ffff, placed >> 24) } else { (placed, 0) };
+            let (bit_offset, bits) = if outer.flag {
+                (placed & 0x00ff_ffff, placed >> 24)
+            } else {
+                (placed, 0)
+            };
             if member_name != 0 {
                 if self.string(member_name) == Some(name) {
-                    return Some(Member { bit_offset, bits, type_id });
+                    return Some(Member {
+                        bit_offset,
+                        bits,
+                        type_id,
+                    });
                 }
-            } else if let Some(inner) = self.resolve(type_id).and_then(|id| self.member_of(id, name, depth - 1)) {
-                return Some(Member { bit_offset: bit_offset.checked_add(inner.bit_offset)?, ..inner });
+            } else if let Some(inner) = self
+                .resolve(type_id)
+                .and_then(|id| self.member_of(id, name, depth - 1))
+            {
+                return Some(Member {
+                    bit_offset: bit_offset.checked_add(inner.bit_offset)?,
+                    ..inner
+                });
             }
         }
         None
@@ -235,7 +259,7 @@ fn read_type(data: &[u8], at: usize) -> Option<Type> {
         kind: info >> 24 & 0x1f,
         length: (info & 0xffff) as usize,
         flag: info >> 31 == 1,
-        size_or_type: word(data, at + 8)?,
+        refers_to: word(data, at + 8)?,
         rest: at + 12,
     })
 }
@@ -270,28 +294,32 @@ mod tests {
 
     impl Writer {
         fn new() -> Self {
-            Self { types: Vec::new(), strings: vec![0] }
+            Self {
+                types: Vec::new(),
+                strings: vec![0],
+            }
         }
 
         fn name(&mut self, name: &str) -> u32 {
             if name.is_empty() {
                 return 0;
             }
-            let offset = self.strings.len() as u32;
+            let offset = u32::try_from(self.strings.len()).unwrap();
             self.strings.extend_from_slice(name.as_bytes());
             self.strings.push(0);
             offset
         }
 
-        fn ty(&mut self, name: &str, info: u32, size_or_type: u32, rest: &[u32]) {
+        fn ty(&mut self, name: &str, info: u32, refers_to: u32, rest: &[u32]) {
             let name = self.name(name);
-            for word in [name, info, size_or_type].iter().chain(rest) {
+            for word in [name, info, refers_to].iter().chain(rest) {
                 self.types.extend_from_slice(&word.to_ne_bytes());
             }
         }
 
         fn finish(self) -> Vec<u8> {
-            let (types, strings) = (self.types.len() as u32, self.strings.len() as u32);
+            let length = |bytes: &[u8]| u32::try_from(bytes.len()).unwrap();
+            let (types, strings) = (length(&self.types), length(&self.strings));
             let mut out = MAGIC.to_ne_bytes().to_vec();
             out.extend_from_slice(&[1, 0]);
             for word in [24, 0, types, types, strings] {
@@ -314,7 +342,7 @@ mod tests {
         w.ty("inner_t", KIND_TYPEDEF << 24, 3, &[]); // 4
         w.ty("", KIND_CONST << 24, 4, &[]); // 5
         let (first, named, bits) = (w.name("first"), w.name("named"), w.name("bits"));
-        let members = [first, 1, 0, 0, 2, 32, named, 5, 64, bits, 1, 3 << 24 | 130];
+        let members = [first, 1, 0, 0, 2, 32, named, 5, 64, bits, 1, 3 << 24 | 0x82];
         w.ty("outer", 1 << 31 | KIND_STRUCT << 24 | 4, 24, &members); // 6
         let (red, green) = (w.name("RED"), w.name("GREEN"));
         w.ty("colour", KIND_ENUM << 24 | 2, 4, &[red, 1, green, 7]); // 7
@@ -360,7 +388,10 @@ mod tests {
     #[test]
     fn what_is_not_btf_is_named() {
         assert_eq!(Btf::parse(Vec::new()).unwrap_err(), BtfError::Empty);
-        assert_eq!(Btf::parse(b"\x7fELF and more".to_vec()).unwrap_err(), BtfError::Magic);
+        assert_eq!(
+            Btf::parse(b"\x7fELF and more".to_vec()).unwrap_err(),
+            BtfError::Magic
+        );
         let mut w = Writer::new();
         w.ty("new", 31 << 24, 0, &[]);
         assert_eq!(Btf::parse(w.finish()).unwrap_err(), BtfError::Kind(31));
@@ -370,7 +401,11 @@ mod tests {
     fn every_truncation_is_an_error() {
         let whole = sample();
         for length in 0..whole.len() {
-            assert!(Btf::parse(whole[..length].to_vec()).is_err(), "{length} of {} bytes", whole.len());
+            assert!(
+                Btf::parse(whole[..length].to_vec()).is_err(),
+                "{length} of {} bytes",
+                whole.len()
+            );
         }
     }
 
@@ -405,10 +440,16 @@ mod tests {
         assert_eq!(btf.offset("sk_buff", &["dev"]), Some(16));
         let head = btf.offset("sk_buff", &["head"]).unwrap();
         assert_eq!(btf.offset("sk_buff", &["data"]), Some(head + 8));
-        assert_eq!(btf.offset("sk_buff", &["data_len"]), btf.offset("sk_buff", &["len"]).map(|len| len + 4));
+        assert_eq!(
+            btf.offset("sk_buff", &["data_len"]),
+            btf.offset("sk_buff", &["len"]).map(|len| len + 4)
+        );
         assert!(btf.member("sk_buff", &["cloned"]).unwrap().bits == 1);
         assert!(btf.offset("net", &["ns", "inum"]).is_some());
-        assert_eq!(btf.enum_values("tcp_ca_state").unwrap()[1], (1, "TCP_CA_Disorder"));
+        assert_eq!(
+            btf.enum_values("tcp_ca_state").unwrap()[1],
+            (1, "TCP_CA_Disorder")
+        );
         // `__data`, skb, location, and whatever the kernel has added since.
         assert!((3..=8).contains(&btf.parameters("btf_trace_kfree_skb").unwrap()));
     }

@@ -27,14 +27,22 @@ pub(super) fn add(ifname: &str) -> Result<bool> {
 
 /// Takes the qdisc away if no filters are left on it.
 pub(super) fn remove_if_empty(ifindex: u32) -> Result<()> {
-    if !names(ifindex, TcAttachType::Ingress)?.is_empty() || !names(ifindex, TcAttachType::Egress)?.is_empty() {
+    if !names(ifindex, TcAttachType::Ingress)?.is_empty() || !names(ifindex, TcAttachType::Egress)?.is_empty()
+    {
         return Ok(());
     }
     let mut message = message(ifindex)?;
-    message.header.handle = TcHandle { major: TcHandle::CLSACT.major, minor: 0 };
+    message.header.handle = TcHandle {
+        major: TcHandle::CLSACT.major,
+        minor: 0,
+    };
     message.header.parent = TcHandle::CLSACT;
-    request(RouteNetlinkMessage::DelQueueDiscipline(message), NLM_F_ACK, |_| ())
-        .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
+    request(
+        RouteNetlinkMessage::DelQueueDiscipline(message),
+        NLM_F_ACK,
+        |_| (),
+    )
+    .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
 }
 
 /// Names of the bpf filters in one direction, in the order they run in; an empty one for filters of other kinds.
@@ -48,14 +56,18 @@ pub(super) fn names(ifindex: u32, direction: TcAttachType) -> Result<Vec<String>
         },
     };
     let mut found = Vec::new();
-    request(RouteNetlinkMessage::GetTrafficFilter(message), NLM_F_DUMP, |reply| {
-        if let RouteNetlinkMessage::NewTrafficFilter(filter) = reply
+    request(
+        RouteNetlinkMessage::GetTrafficFilter(message),
+        NLM_F_DUMP,
+        |reply| {
+            if let RouteNetlinkMessage::NewTrafficFilter(filter) = reply
             // A classifier is announced once without a handle before its filters.
             && filter.header.handle != TcHandle::UNSPEC
-        {
-            found.push(bpf_name(&filter.attributes));
-        }
-    })
+            {
+                found.push(bpf_name(&filter.attributes));
+            }
+        },
+    )
     .with_context(|| format!("list the TC filters of interface {ifindex}"))?;
     Ok(found)
 }
@@ -115,12 +127,15 @@ fn request(
     request.finalize();
     let mut buffer = vec![0; request.buffer_len()];
     request.serialize(&mut buffer);
-    socket.send_to(&buffer, &SocketAddr::new(0, 0), 0).context("send a netlink request")?;
+    socket
+        .send_to(&buffer, &SocketAddr::new(0, 0), 0)
+        .context("send a netlink request")?;
     loop {
         let (data, _) = socket.recv_from_full().context("read a netlink reply")?;
         let mut rest = &data[..];
         while !rest.is_empty() {
-            let answer = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).context("parse a netlink reply")?;
+            let answer =
+                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).context("parse a netlink reply")?;
             match &answer.payload {
                 NetlinkPayload::Done(_) => return Ok(()),
                 NetlinkPayload::Error(error) => {

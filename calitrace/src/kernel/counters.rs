@@ -26,7 +26,12 @@ impl Kernel {
         for instance in self.instances.values() {
             instance.collect(&mut totals)?;
         }
-        let count = |((netns, ifindex, hook), counters)| Count { netns, ifindex, hook, counters };
+        let count = |((netns, ifindex, hook), counters)| Count {
+            netns,
+            ifindex,
+            hook,
+            counters,
+        };
         Ok(totals.into_iter().map(count).collect())
     }
 }

@@ -50,7 +50,9 @@ impl Instance {
         let mut ebpf = loaded.map_err(|error| permission::explain(error, "load eBPF programs"))?;
         let logs = if config.verbose {
             // Before the programs: the logger takes its map out of `ebpf`, which must stay open.
-            Some(Logs::start(EbpfLogger::init(&mut ebpf).context("read the programs' log")?)?)
+            Some(Logs::start(
+                EbpfLogger::init(&mut ebpf).context("read the programs' log")?,
+            )?)
         } else {
             None
         };
@@ -66,7 +68,10 @@ impl Instance {
 
     /// The ring, once.
     pub(super) fn take_ring(&mut self) -> Result<RingBuf<MapData>> {
-        let map = self.ebpf.take_map(names::EVENTS).ok_or_else(|| anyhow!("the ring is taken already"))?;
+        let map = self
+            .ebpf
+            .take_map(names::EVENTS)
+            .ok_or_else(|| anyhow!("the ring is taken already"))?;
         RingBuf::try_from(map).context("map the ring buffer")
     }
 
@@ -80,9 +85,12 @@ impl Instance {
             .try_into()
             .with_context(|| format!("program {name}"))?;
         if program.fd().is_err() {
-            program
-                .load()
-                .map_err(|error| permission::explain(EbpfError::ProgramError(error), &format!("load the program {name}")))?;
+            program.load().map_err(|error| {
+                permission::explain(
+                    EbpfError::ProgramError(error),
+                    &format!("load the program {name}"),
+                )
+            })?;
         }
         Ok(program)
     }
@@ -102,9 +110,12 @@ impl Instance {
             .ok_or_else(|| anyhow!("the object has no program {name}"))?
             .try_into()
             .with_context(|| format!("program {name}"))?;
-        let explain = |error, operation: String| permission::explain(EbpfError::ProgramError(error), &operation);
+        let explain =
+            |error, operation: String| permission::explain(EbpfError::ProgramError(error), &operation);
         if program.fd().is_err() {
-            program.load().map_err(|error| explain(error, format!("load the program {name}")))?;
+            program
+                .load()
+                .map_err(|error| explain(error, format!("load the program {name}")))?;
         }
         program
             .attach(tracepoint)
@@ -116,9 +127,12 @@ impl Instance {
     pub(super) fn detach_raw_tracepoint(&mut self, hook: Hook) -> Result<()> {
         let name = hooks::row(hook).program;
         if let Some(program) = self.ebpf.program_mut(name) {
-            let program: &mut RawTracePoint = program.try_into().with_context(|| format!("program {name}"))?;
+            let program: &mut RawTracePoint =
+                program.try_into().with_context(|| format!("program {name}"))?;
             if program.fd().is_ok() {
-                program.unload().with_context(|| format!("detach the program {name}"))?;
+                program
+                    .unload()
+                    .with_context(|| format!("detach the program {name}"))?;
             }
         }
         Ok(())
@@ -135,8 +149,14 @@ impl Instance {
             Some(slot)
         });
         let slot = slot.ok_or_else(|| anyhow!("more than {} hooks are attached", SLOTS - FIRST_SLOT))?;
-        let key = InterfaceKey { netns, ifindex, hook: hook as u32 };
-        self.interfaces()?.insert(key, slot, 0).context("write the map of interfaces")?;
+        let key = InterfaceKey {
+            netns,
+            ifindex,
+            hook: hook as u32,
+        };
+        self.interfaces()?
+            .insert(key, slot, 0)
+            .context("write the map of interfaces")?;
         self.slots.insert((netns, ifindex, hook), slot);
         Ok(())
     }
@@ -146,16 +166,24 @@ impl Instance {
         let Some(slot) = self.slots.remove(&(netns, ifindex, hook)) else {
             return Ok(());
         };
-        let key = InterfaceKey { netns, ifindex, hook: hook as u32 };
+        let key = InterfaceKey {
+            netns,
+            ifindex,
+            hook: hook as u32,
+        };
         match self.interfaces()?.remove(&key) {
             Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(error).context("write the map of interfaces"),
         }
         let counted = self.read_slot(slot)?;
         add(self.folded.entry((netns, ifindex, hook)).or_default(), &counted);
-        let cpus = aya::util::nr_cpus().map_err(|(path, error)| anyhow!(error).context(format!("read {path}")))?;
-        let zeros = aya::maps::PerCpuValues::try_from(vec![Counters::default(); cpus]).context("count the CPUs")?;
-        self.counters_mut()?.set(slot, zeros, 0).context("reset a counter slot")?;
+        let cpus =
+            aya::util::nr_cpus().map_err(|(path, error)| anyhow!(error).context(format!("read {path}")))?;
+        let zeros =
+            aya::maps::PerCpuValues::try_from(vec![Counters::default(); cpus]).context("count the CPUs")?;
+        self.counters_mut()?
+            .set(slot, zeros, 0)
+            .context("reset a counter slot")?;
         self.free_slots.push(slot);
         Ok(())
     }
@@ -180,24 +208,40 @@ impl Instance {
     /// Adds a prefix to the scope, or takes it out.
     pub(super) fn change_scope(&mut self, prefix: &IpNet, add: bool) -> Result<()> {
         let length = u32::from(prefix.prefix_len());
-        let change = || if add { "add a prefix to the scope" } else { "take a prefix out of the scope" };
+        let change = || {
+            if add {
+                "add a prefix to the scope"
+            } else {
+                "take a prefix out of the scope"
+            }
+        };
         match prefix {
             IpNet::V4(v4) => {
                 let mut map = LpmTrie::<_, [u8; 4], u8>::try_from(self.map_mut(names::SCOPE_V4)?)?;
                 let key = Key::new(length, v4.network().octets());
-                if add { map.insert(&key, 1, 0) } else { map.remove(&key) }
+                if add {
+                    map.insert(&key, 1, 0)
+                } else {
+                    map.remove(&key)
+                }
             }
             IpNet::V6(v6) => {
                 let mut map = LpmTrie::<_, [u8; 16], u8>::try_from(self.map_mut(names::SCOPE_V6)?)?;
                 let key = Key::new(length, v6.network().octets());
-                if add { map.insert(&key, 1, 0) } else { map.remove(&key) }
+                if add {
+                    map.insert(&key, 1, 0)
+                } else {
+                    map.remove(&key)
+                }
             }
         }
         .with_context(|| format!("{}: {prefix} (there is room for {SCOPE_PREFIXES})", change()))
     }
 
     fn map_mut(&mut self, name: &str) -> Result<&mut aya::maps::Map> {
-        self.ebpf.map_mut(name).ok_or_else(|| anyhow!("the object has no map {name}"))
+        self.ebpf
+            .map_mut(name)
+            .ok_or_else(|| anyhow!("the object has no map {name}"))
     }
 
     fn interfaces(&mut self) -> Result<HashMap<&mut MapData, InterfaceKey, u32>> {
@@ -209,7 +253,10 @@ impl Instance {
     }
 
     fn read_slot(&self, slot: u32) -> Result<Counters> {
-        let map = self.ebpf.map(names::COUNTERS).ok_or_else(|| anyhow!("the object has no map of counters"))?;
+        let map = self
+            .ebpf
+            .map(names::COUNTERS)
+            .ok_or_else(|| anyhow!("the object has no map of counters"))?;
         let map = PerCpuArray::<_, Counters>::try_from(map).context("open the map of counters")?;
         let mut sum = Counters::default();
         for counters in map.get(&slot, 0).context("read the counters")?.iter() {
@@ -224,7 +271,11 @@ fn load(config: &Config, offsets: &Offsets, netns: Netns) -> Result<Ebpf, EbpfEr
     // A quarter: enough room for what arrives while the consumer wakes up.
     let watermark = u64::from(config.ring_bytes / 4);
     // The level of the programs' log messages; below it the verifier removes the calls.
-    let level: u8 = if config.verbose { aya_log::Level::Debug as u8 } else { 0 };
+    let level: u8 = if config.verbose {
+        aya_log::Level::Debug as u8
+    } else {
+        0
+    };
     EbpfLoader::new()
         .btf(None)
         .override_global(names::OFFSETS, offsets, true)
@@ -238,7 +289,10 @@ fn load(config: &Config, offsets: &Offsets, netns: Netns) -> Result<Ebpf, EbpfEr
 
 /// Lifts the limit on locked memory; false if that is not permitted.
 fn lift_memlock() -> bool {
-    let unlimited = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
     // SAFETY: reads the struct only.
     unsafe { libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited) == 0 }
 }

@@ -42,7 +42,13 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Self {
-        Self { ring_bytes: 16 << 20, vxlan_port: 4789, verbose: false, btf: None, tcx: true }
+        Self {
+            ring_bytes: 16 << 20,
+            vxlan_port: 4789,
+            verbose: false,
+            btf: None,
+            tcx: true,
+        }
     }
 }
 
@@ -67,7 +73,10 @@ impl Kernel {
     pub fn load(config: &Config) -> Result<Self> {
         permission::check("load eBPF programs")?;
         if !config.ring_bytes.is_power_of_two() || config.ring_bytes < 4096 {
-            bail!("the ring's size of {} bytes is not a power of two of at least 4096", config.ring_bytes);
+            bail!(
+                "the ring's size of {} bytes is not a power of two of at least 4096",
+                config.ring_bytes
+            );
         }
         let mut notes = Vec::new();
         let mut missing = BTreeMap::new();
@@ -80,7 +89,10 @@ impl Kernel {
             ));
         });
         let offsets = btf.as_ref().map_or(Offsets::UNKNOWN, |(_, offsets)| *offsets);
-        let names = Names::new(btf.as_ref().ok().map(|(btf, _)| btf), offsets.kfree_has_reason == 1);
+        let names = Names::new(
+            btf.as_ref().ok().map(|(btf, _)| btf),
+            offsets.kfree_has_reason == 1,
+        );
         if btf.is_ok() {
             names.prepare();
         }
@@ -91,7 +103,9 @@ impl Kernel {
             attachments: Attachments::default(),
             scope: BTreeSet::new(),
             missing,
-            rings: Arc::new(Rings { arriving: Mutex::new(Vec::new()) }),
+            rings: Arc::new(Rings {
+                arriving: Mutex::new(Vec::new()),
+            }),
             has_btf: btf.is_ok(),
             ring_taken: false,
             names,
@@ -128,13 +142,18 @@ impl Kernel {
     /// [`Self::missing`] and is no error.
     pub fn attach_global(&mut self) -> Result<()> {
         for row in hooks::TABLE {
-            let hooks::Attach::RawTracepoint(tracepoint) = row.attach else { continue };
+            let hooks::Attach::RawTracepoint(tracepoint) = row.attach else {
+                continue;
+            };
             if self.missing.contains_key(&row.hook) {
                 continue;
             }
             self.note_global();
             if let Err(error) = self.instance(0)?.attach_raw_tracepoint(row.hook, tracepoint) {
-                self.notes.push(format!("{} is not observed ({error:#}): {} are lost", row.name, row.lost));
+                self.notes.push(format!(
+                    "{} is not observed ({error:#}): {} are lost",
+                    row.name, row.lost
+                ));
                 self.missing.insert(row.hook, format!("{error:#}"));
             }
         }
@@ -150,7 +169,10 @@ impl Kernel {
     pub fn hooks(&self) -> Vec<HookStatus> {
         hooks::TABLE
             .iter()
-            .map(|row| HookStatus { hook: row.name.to_owned(), missing: self.missing.get(&row.hook).cloned() })
+            .map(|row| HookStatus {
+                hook: row.name.to_owned(),
+                missing: self.missing.get(&row.hook).cloned(),
+            })
             .collect()
     }
 
@@ -194,7 +216,9 @@ fn read_btf(path: &Path) -> Result<(Btf, Offsets), String> {
     let btf = Btf::parse(data).map_err(|error| describe(error.to_string()))?;
     let offsets = offsets::read(&btf);
     if !offsets::suffice(&offsets) {
-        return Err(describe("it lacks members of sk_buff, net_device or net".to_owned()));
+        return Err(describe(
+            "it lacks members of sk_buff, net_device or net".to_owned(),
+        ));
     }
     Ok((btf, offsets))
 }

@@ -2,7 +2,10 @@
 
 use std::{
     os::fd::AsFd as _,
-    sync::{Arc, atomic::{AtomicBool, Ordering}},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
 };
 
@@ -25,13 +28,18 @@ impl Logs {
             .spawn(move || {
                 while !stopped.load(Ordering::Relaxed) {
                     // The time-out is for noticing the end only: each message wakes.
-                    let _: nix::Result<i32> =
-                        poll(&mut [PollFd::new(logger.as_fd(), PollFlags::POLLIN)], PollTimeout::from(100_u8));
+                    let _: nix::Result<i32> = poll(
+                        &mut [PollFd::new(logger.as_fd(), PollFlags::POLLIN)],
+                        PollTimeout::from(100_u8),
+                    );
                     logger.flush();
                 }
             })
             .context("start the thread for the programs' log")?;
-        Ok(Self { stop, thread: Some(thread) })
+        Ok(Self {
+            stop,
+            thread: Some(thread),
+        })
     }
 }
 

@@ -1,6 +1,10 @@
 //! Words for the numbers of a drop: reasons from the running kernel's BTF, functions from its symbol table.
 
-use std::{collections::HashMap, sync::{Arc, OnceLock}, thread};
+use std::{
+    collections::HashMap,
+    sync::{Arc, OnceLock},
+    thread,
+};
 
 use super::{btf::Btf, symbols::Symbols};
 use crate::event::DropNames;
@@ -38,7 +42,9 @@ impl Names {
             has_reason,
             symbols: OnceLock::new(),
         };
-        Self { inner: Arc::new(inner) }
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
     /// Reads the symbol table on a thread of its own, so that the first drop does not have to wait for it.
@@ -53,7 +59,9 @@ impl Names {
             .symbols
             .get_or_init(|| {
                 Symbols::load()
-                    .inspect_err(|error| log::warn!("drops are shown without the function they happened in: {error:#}"))
+                    .inspect_err(|error| {
+                        log::warn!("drops are shown without the function they happened in: {error:#}");
+                    })
                     .ok()
             })
             .as_ref()
@@ -61,7 +69,10 @@ impl Names {
 
     /// Every drop reason of the kernel with its number, for the header of an event log.
     pub fn reasons(&self) -> impl Iterator<Item = (u32, &str)> {
-        self.inner.reasons.iter().map(|(value, name)| (*value, name.as_str()))
+        self.inner
+            .reasons
+            .iter()
+            .map(|(value, name)| (*value, name.as_str()))
     }
 }
 
@@ -98,7 +109,9 @@ mod tests {
             has_reason,
             symbols: OnceLock::from(None),
         };
-        Names { inner: Arc::new(inner) }
+        Names {
+            inner: Arc::new(inner),
+        }
     }
 
     #[test]

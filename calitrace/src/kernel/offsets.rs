@@ -31,7 +31,8 @@ pub(super) fn read(btf: &Btf) -> Offsets {
 /// Whether `trace_kfree_skb(skb, location, reason, …)` has its third argument: since 5.17, of type
 /// `enum skb_drop_reason`. A typedef `btf_trace_NAME` has `void *__data` before them.
 fn kfree_has_reason(btf: &Btf) -> bool {
-    btf.parameters("btf_trace_kfree_skb").is_some_and(|parameters| parameters >= 4)
+    btf.parameters("btf_trace_kfree_skb")
+        .is_some_and(|parameters| parameters >= 4)
         && btf.enum_values("skb_drop_reason").is_some()
 }
 

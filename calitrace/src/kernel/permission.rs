@@ -53,7 +53,10 @@ pub fn check(operation: &str) -> Result<(), NotPermitted> {
     if missing.is_empty() {
         return Ok(());
     }
-    Err(NotPermitted { missing, operation: operation.to_owned() })
+    Err(NotPermitted {
+        missing,
+        operation: operation.to_owned(),
+    })
 }
 
 fn missing(effective: u64) -> Vec<&'static str> {
@@ -91,8 +94,10 @@ pub(super) fn explain(error: EbpfError, operation: &str) -> anyhow::Error {
         let missing = missing(effective().unwrap_or(u64::MAX));
         // EACCES is also what the verifier answers to a program it refuses: then its log says why.
         if !missing.is_empty() || !verifier_spoke(&error) {
-            return anyhow::Error::new(error)
-                .context(NotPermitted { missing, operation: operation.to_owned() });
+            return anyhow::Error::new(error).context(NotPermitted {
+                missing,
+                operation: operation.to_owned(),
+            });
         }
     }
     anyhow::Error::new(error).context(format!("cannot {operation}"))
@@ -140,20 +145,32 @@ mod tests {
     #[test]
     fn missing_capabilities_are_named() {
         assert_eq!(missing(u64::MAX), Vec::<&str>::new());
-        assert_eq!(missing(0), ["CAP_SYS_ADMIN", "CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]);
+        assert_eq!(
+            missing(0),
+            ["CAP_SYS_ADMIN", "CAP_BPF", "CAP_PERFMON", "CAP_NET_ADMIN"]
+        );
         assert_eq!(missing(1 << SYS_ADMIN), ["CAP_NET_ADMIN"]);
-        assert_eq!(missing(1 << BPF | 1 << PERFMON | 1 << NET_ADMIN), ["CAP_SYS_ADMIN"]);
+        assert_eq!(
+            missing(1 << BPF | 1 << PERFMON | 1 << NET_ADMIN),
+            ["CAP_SYS_ADMIN"]
+        );
     }
 
     #[test]
     fn the_effective_set_is_read() {
-        assert_eq!(parse_effective("Name:\tx\nCapPrm:\t0000000000000001\nCapEff:\t000001ffffffffff\n"), Some(0x1ff_ffff_ffff));
+        assert_eq!(
+            parse_effective("Name:\tx\nCapPrm:\t0000000000000001\nCapEff:\t000001ffffffffff\n"),
+            Some(0x1ff_ffff_ffff)
+        );
         assert_eq!(parse_effective("Name:\tx\n"), None);
     }
 
     #[test]
     fn the_message_says_what_to_do() {
-        let error = NotPermitted { missing: vec!["CAP_NET_ADMIN"], operation: "load eBPF programs".into() };
+        let error = NotPermitted {
+            missing: vec!["CAP_NET_ADMIN"],
+            operation: "load eBPF programs".into(),
+        };
         assert_eq!(
             error.to_string(),
             "no permission to load eBPF programs: CAP_NET_ADMIN missing; run it as root (sudo calitrace …)"

@@ -35,7 +35,10 @@ pub(super) struct Rings {
 
 impl Rings {
     pub(super) fn add(&self, ring: RingBuf<MapData>) {
-        self.arriving.lock().unwrap_or_else(PoisonError::into_inner).push(ring);
+        self.arriving
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(ring);
     }
 
     fn take(&self) -> Vec<RingBuf<MapData>> {
@@ -68,7 +71,9 @@ impl Batch {
     /// The records.
     pub fn iter(&self) -> impl Iterator<Item = &[u8]> {
         let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, &end)| &self.bytes[start as usize..end as usize])
+        starts
+            .zip(&self.ends)
+            .map(|(start, &end)| &self.bytes[start as usize..end as usize])
     }
 
     /// Number of records.
@@ -88,7 +93,8 @@ impl Batch {
 
     fn push(&mut self, record: &[u8]) {
         self.bytes.extend_from_slice(record);
-        self.ends.push(u32::try_from(self.bytes.len()).unwrap_or(u32::MAX));
+        self.ends
+            .push(u32::try_from(self.bytes.len()).unwrap_or(u32::MAX));
     }
 }
 
@@ -107,10 +113,17 @@ impl Dropped {
     /// Counts one record that could not be kept.
     pub fn count(&self, record: &[u8]) {
         // Where `calitrace_ebpf::Plain` has them.
-        let hook = record.get(offset_of!(Plain, hook)).and_then(|&number| Hook::from_number(number));
-        let netns = record.get(offset_of!(Plain, netns)..).and_then(|rest| rest.first_chunk());
+        let hook = record
+            .get(offset_of!(Plain, hook))
+            .and_then(|&number| Hook::from_number(number));
+        let netns = record
+            .get(offset_of!(Plain, netns)..)
+            .and_then(|rest| rest.first_chunk());
         if let (Some(hook), Some(netns)) = (hook, netns) {
-            *self.lock().entry((Netns::from_ne_bytes(*netns), hook)).or_default() += 1;
+            *self
+                .lock()
+                .entry((Netns::from_ne_bytes(*netns), hook))
+                .or_default() += 1;
         }
     }
 
@@ -133,7 +146,9 @@ impl Drain {
     /// The channel bounds what user space keeps: while it is full the thread waits, the ring fills up behind it, and
     /// the kernel side counts what it then refuses. Once the receiver is gone, records are dropped and counted.
     pub fn start(ring: Ring, period: Duration, sender: mpsc::SyncSender<Batch>) -> Result<Self> {
-        Self::start_with(ring, period, move |batch| sender.send(batch).map_err(|mpsc::SendError(batch)| batch))
+        Self::start_with(ring, period, move |batch| {
+            sender.send(batch).map_err(|mpsc::SendError(batch)| batch)
+        })
     }
 
     /// As [`Self::start`], handing batches to `deliver`, which waits until there is room and returns the batch when
@@ -146,7 +161,9 @@ impl Drain {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let wake = Arc::new(EventFd::from_value_and_flags(0, flags).context("make an eventfd")?);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("make an epoll instance")?;
-        epoll.add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, STOP)).context("watch the stop signal")?;
+        epoll
+            .add(&*wake, EpollEvent::new(EpollFlags::EPOLLIN, STOP))
+            .context("watch the stop signal")?;
         let dropped = Arc::new(Dropped::default());
         let worker = Worker {
             incoming: ring.rings,
@@ -161,7 +178,11 @@ impl Drain {
             .name("ring-drain".to_owned())
             .spawn(move || worker.run())
             .context("start the drain thread")?;
-        Ok(Self { wake, thread: Some(thread), dropped })
+        Ok(Self {
+            wake,
+            thread: Some(thread),
+            dropped,
+        })
     }
 
     /// Records dropped in user space.
@@ -180,7 +201,9 @@ impl Drain {
             return Ok(());
         };
         self.wake.write(1).context("signal the drain thread")?;
-        thread.join().map_err(|_panic| anyhow!("the drain thread has failed"))?
+        thread
+            .join()
+            .map_err(|_panic| anyhow!("the drain thread has failed"))?
     }
 }
 
@@ -233,7 +256,9 @@ impl<F: FnMut(Batch) -> Result<(), Batch>> Worker<F> {
             // Edge-triggered: only the kernel side's explicit wakeups count. A level-triggered wait would return for
             // every record, of which on a busy node there always is one.
             let events = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
-            self.epoll.add(ring.as_fd(), EpollEvent::new(events, 0)).context("watch the ring")?;
+            self.epoll
+                .add(ring.as_fd(), EpollEvent::new(events, 0))
+                .context("watch the ring")?;
             self.rings.push(ring);
         }
         Ok(())
@@ -241,14 +266,24 @@ impl<F: FnMut(Batch) -> Result<(), Batch>> Worker<F> {
 
     fn drain(&mut self, last: bool) -> Result<()> {
         let time = monotonic()?;
-        let mut batch = Batch { time, ..Batch::default() };
+        let mut batch = Batch {
+            time,
+            ..Batch::default()
+        };
         let mut handed = false;
         for index in 0..self.rings.len() {
-            while let Some(record) = self.rings[index].next() {
-                batch.push(&record);
-                drop(record);
+            loop {
+                {
+                    let Some(record) = self.rings[index].next() else {
+                        break;
+                    };
+                    batch.push(&record);
+                }
                 if batch.full() {
-                    let next = Batch { time, ..Batch::default() };
+                    let next = Batch {
+                        time,
+                        ..Batch::default()
+                    };
                     self.hand_on(std::mem::replace(&mut batch, next));
                     handed = true;
                 }
@@ -291,7 +326,11 @@ mod tests {
     #[test]
     fn dropped_records_are_counted_by_namespace_and_hook() {
         let dropped = Dropped::default();
-        for (netns, hook) in [(7_u64, Hook::UplinkEgress), (7, Hook::KfreeSkb), (7, Hook::UplinkEgress)] {
+        for (netns, hook) in [
+            (7_u64, Hook::UplinkEgress),
+            (7, Hook::KfreeSkb),
+            (7, Hook::UplinkEgress),
+        ] {
             let mut record = vec![0; 128];
             record[1] = hook as u8;
             record[32..40].copy_from_slice(&netns.to_ne_bytes());

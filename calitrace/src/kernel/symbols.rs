@@ -1,12 +1,16 @@
 //! Kernel symbols: from an address to the function it lies in.
 
-use std::{fs::File, io::{BufRead as _, BufReader, Read}, path::Path};
+use std::{
+    fs::File,
+    io::{BufRead as _, BufReader, Read},
+    path::Path,
+};
 
 use anyhow::{Context as _, Result, bail};
 
 /// The functions of the running kernel, by address.
 #[derive(Debug)]
-pub struct Symbols {
+pub(super) struct Symbols {
     /// Start addresses, ascending, and where the name lies in `names`.
     entries: Vec<(u64, u32)>,
     /// Names, each ended by a newline.
@@ -15,7 +19,7 @@ pub struct Symbols {
 
 impl Symbols {
     /// Reads `/proc/kallsyms`. Fails where the kernel hides the addresses (`kernel.kptr_restrict`).
-    pub fn load() -> Result<Self> {
+    pub(super) fn load() -> Result<Self> {
         let path = Path::new("/proc/kallsyms");
         let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
         Self::read(file).with_context(|| format!("read {}", path.display()))
@@ -23,7 +27,10 @@ impl Symbols {
 
     /// Reads lines of the form `ffffffff81000000 T _text` (and `\t[module]`).
     fn read(from: impl Read) -> Result<Self> {
-        let mut found = Self { entries: Vec::new(), names: String::new() };
+        let mut found = Self {
+            entries: Vec::new(),
+            names: String::new(),
+        };
         let mut reader = BufReader::with_capacity(1 << 16, from);
         let mut line = String::new();
         while reader.read_line(&mut line)? > 0 {
@@ -42,8 +49,12 @@ impl Symbols {
         let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next()) else {
             return;
         };
-        let Ok(address) = u64::from_str_radix(address, 16) else { return };
-        let Ok(at) = u32::try_from(self.names.len()) else { return };
+        let Ok(address) = u64::from_str_radix(address, 16) else {
+            return;
+        };
+        let Ok(at) = u32::try_from(self.names.len()) else {
+            return;
+        };
         if address == 0 || !matches!(kind, "t" | "T" | "w" | "W") {
             return;
         }
@@ -53,18 +64,13 @@ impl Symbols {
     }
 
     /// The function that `address` lies in, or follows.
-    pub fn function(&self, address: u64) -> Option<&str> {
+    pub(super) fn function(&self, address: u64) -> Option<&str> {
         let after = self.entries.partition_point(|&(start, _)| start <= address);
         let (start, _) = *self.entries.get(after.checked_sub(1)?)?;
         // Several names may share an address; the first in the file is as good as any, and always the same.
         let first = self.entries.partition_point(|&(other, _)| other < start);
         let name = &self.names[self.entries[first].1 as usize..];
         name.split('\n').next()
-    }
-
-    /// Whether there is a function of this name.
-    pub fn has(&self, name: &str) -> bool {
-        self.names.lines().any(|line| line == name)
     }
 }
 
@@ -83,7 +89,6 @@ mod tests {
         assert_eq!(symbols.function(0xffff_ffff_8100_0300), Some("second"));
         assert_eq!(symbols.function(0xffff_ffff_c000_0010), Some("in_module"));
         assert_eq!(symbols.function(0x10), None);
-        assert!(symbols.has("in_module") && !symbols.has("data"));
     }
 
     #[test]
