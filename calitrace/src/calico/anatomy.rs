@@ -178,7 +178,8 @@ pub(super) fn may_be_node(links: &[Link], prefixes: &[String]) -> bool {
         .any(|link| has_prefix(link, prefixes) || encap_of(link).is_some())
 }
 
-fn has_prefix(link: &Link, prefixes: &[String]) -> bool {
+/// Named as a workload interface, and no tunnel.
+pub(super) fn has_prefix(link: &Link, prefixes: &[String]) -> bool {
     prefixes
         .iter()
         .any(|prefix| link.name.starts_with(prefix.as_str()))

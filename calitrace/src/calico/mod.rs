@@ -3,9 +3,11 @@
 
 mod anatomy;
 mod cluster;
+pub mod doctor;
 mod identity;
 mod names;
 mod root;
+pub mod topology;
 mod view;
 
 use std::{path::Path, sync::Arc};

@@ -7,13 +7,13 @@ use ipnet::IpNet;
 
 use super::{
     Options,
-    anatomy::{Anatomy, global, sorted},
+    anatomy::{Anatomy, global, has_prefix, sorted},
     identity::Home,
 };
 use crate::{
     event::{self, Fact, Netns, Role},
     netns::{self, Found, Handle},
-    route::{Lookup, Snapshot, Type, peer_namespaces},
+    route::{Link, Lookup, Snapshot, Type, peer_namespaces},
 };
 
 /// Kubeadm's default service prefix, taken where nothing tells better.
@@ -113,6 +113,13 @@ impl NodeView {
     /// of them, so another look is worth while.
     pub fn has_unnamed_pods(&self) -> bool {
         self.pods.iter().any(|pod| pod.name.is_none())
+    }
+
+    /// Devices with the name of a workload interface to which no route leads: no pod can use them.
+    pub(super) fn devices_without_pod(&self) -> impl Iterator<Item = &Link> {
+        let links = self.snapshot.links.iter();
+        let named = links.filter(|link| has_prefix(link, &self.options.interface_prefixes));
+        named.filter(|link| !self.pods.iter().any(|pod| pod.ifindex == link.ifindex))
     }
 
     /// The interface with that index.
@@ -220,10 +227,7 @@ impl NodeView {
             );
         }
         uplinks.retain(|ifindex| {
-            let loopback = self
-                .snapshot
-                .link(*ifindex)
-                .is_none_or(crate::route::Link::loopback);
+            let loopback = self.snapshot.link(*ifindex).is_none_or(Link::loopback);
             let workload = anatomy
                 .workloads
                 .iter()
@@ -235,7 +239,7 @@ impl NodeView {
 
     fn read_interfaces(&self, anatomy: &Anatomy, uplinks: &[u32]) -> Vec<event::Interface> {
         let links = self.snapshot.links.iter();
-        let interface = |link: &crate::route::Link| {
+        let interface = |link: &Link| {
             let role = if anatomy
                 .workloads
                 .iter()

@@ -1,6 +1,7 @@
 //! Discovery on the running kernel: Calico-shaped namespaces made with `ip`, compared with what `ip` says about them.
 
 mod rig;
+mod told;
 
 use std::{
     collections::BTreeSet,
@@ -20,6 +21,9 @@ use rig::{Lab, POD1, POD2, Result};
 fn main() {
     let arguments = Arguments::from_args();
     let root = nix::unistd::Uid::effective().is_root();
+    if !root {
+        rig::say("skipped: making network namespaces needs root");
+    }
     let trial = |name: &str, test: fn() -> Result<()>| {
         let run = move || test().map_err(|error| Failed::from(format!("{error:#}")));
         Trial::test(name, run).with_ignored_flag(!root)
@@ -35,6 +39,12 @@ fn main() {
         trial("two_labs_are_two_clusters", two_labs_are_two_clusters),
         trial("what_is_no_node_is_none", what_is_no_node_is_none),
         trial("changes_are_told", changes_are_told),
+        trial("topology_is_what_ip_says", told::topology_is_what_ip_says),
+        trial(
+            "expected_paths_follow_the_kernels",
+            told::expected_paths_follow_the_kernels,
+        ),
+        trial("doctor_names_what_is_wrong", told::doctor_names_what_is_wrong),
         trial(
             "a_refresh_with_many_pods_is_quick",
             a_refresh_with_many_pods_is_quick,
