@@ -122,8 +122,16 @@ impl FromStr for PodName {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        // A namespace is an RFC 1123 label, so that no prefix (10.0.0.0/8) can be taken for a pod.
+        let label = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+        let subdomain = |c: char| label(c) || c == '.';
         match text.split_once('/') {
-            Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+            Some((namespace, name))
+                if !namespace.is_empty()
+                    && !name.is_empty()
+                    && namespace.chars().all(label)
+                    && name.chars().all(subdomain) =>
+            {
                 Ok(Self(text.to_owned()))
             }
             _ => Err("a pod is named NAMESPACE/NAME, for example default/web-0".into()),
@@ -196,5 +204,109 @@ impl fmt::Display for Filter {
         words.extend(self.interface.as_ref().map(|name| format!("--interface {name}")));
         words.extend(self.dropped.then(|| "--dropped".to_owned()));
         f.write_str(&words.join(" "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{correlate::NatStep, event::Transport, view::sample};
+
+    /// A query of pod 1 to a service, which pod 2 answers on another port.
+    fn query() -> PacketTrace {
+        let transport = Transport::Udp {
+            src_port: 40_000,
+            dst_port: 53,
+            payload: 20,
+        };
+        let mut trace = sample::delivered(0, transport);
+        let end = |address: &str, port| Endpoint {
+            address: address.parse().unwrap(),
+            port: Some(port),
+        };
+        let (from, to) = (end("10.96.0.10", 53), end("10.244.205.193", 5353));
+        trace.flow.flow.dst = from.address;
+        trace.nat.push(NatStep {
+            kind: NatKind::Dnat,
+            node: None,
+            from,
+            to,
+        });
+        trace
+    }
+
+    fn matches(change: impl FnOnce(&mut Filter)) -> bool {
+        let mut filter = Filter::default();
+        change(&mut filter);
+        filter.matches(&query())
+    }
+
+    #[test]
+    fn ends_are_pods_addresses_and_prefixes_in_both_forms() {
+        let pod = |name: &str| matches(|filter| filter.pods.push(name.parse().unwrap()));
+        let from = |end: &str| matches(|filter| filter.from = Some(end.parse().unwrap()));
+        let to = |end: &str| matches(|filter| filter.to = Some(end.parse().unwrap()));
+        assert!(pod(sample::POD_1) && pod(sample::POD_2) && !pod("default/other"));
+        assert!(from(sample::POD_1) && !from(sample::POD_2));
+        assert!(from("10.244.120.67") && from("10.244.120.64/26") && !from("10.244.205.193"));
+        assert!(to(sample::POD_2) && !to(sample::POD_1));
+        assert!(to("10.96.0.10") && to("10.244.205.193") && to("10.244.205.0/24") && !to("10.244.120.0/24"));
+    }
+
+    #[test]
+    fn other_conditions_tell_packets_apart() {
+        let proto = |name: &str| matches(|filter| filter.protocol = Some(name.parse().unwrap()));
+        let port = |port| matches(|filter| filter.port = Some(port));
+        let interface = |name: &str| matches(|filter| filter.interface = Some(name.into()));
+        assert!(proto("udp") && proto("17") && !proto("tcp"));
+        assert!(port(53) && port(40_000) && port(5353) && !port(54));
+        assert!(interface("tunl0") && !interface("tunl"));
+        assert!(!matches(|filter| filter.dropped = true));
+        assert!(
+            Filter {
+                dropped: true,
+                ..Filter::default()
+            }
+            .matches(&sample::denied(0))
+        );
+    }
+
+    #[test]
+    fn all_conditions_must_hold() {
+        assert!(matches(|_| ()));
+        assert!(!matches(
+            |filter| (filter.port, filter.from) = (Some(53), "10.0.0.1".parse().ok())
+        ));
+    }
+
+    #[test]
+    fn the_identifier_of_an_echo_is_no_port() {
+        let mut ping = sample::ping(0, 1);
+        ping.flow.flow.src_port = 53;
+        assert!(
+            !Filter {
+                port: Some(53),
+                ..Filter::default()
+            }
+            .matches(&ping)
+        );
+    }
+
+    #[test]
+    fn what_names_no_end_is_refused() {
+        for bad in [
+            "",
+            "web-0",
+            "a/b/c",
+            "/web-0",
+            "default/",
+            "10.0.0.0/33",
+            "10.0.0.256",
+        ] {
+            assert!(bad.parse::<End>().is_err(), "{bad}");
+        }
+        for bad in ["", "-1", "256", "TCP", "quic"] {
+            assert!(bad.parse::<Protocol>().is_err(), "{bad}");
+        }
     }
 }

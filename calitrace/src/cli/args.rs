@@ -51,6 +51,12 @@ fn rendered(error: &clap::Error, colours: bool) -> String {
 const AFTER_HELP: &str = "\
 Exit codes: 0 done, 1 error, 2 usage, 3 no permission, 4 nothing to trace.";
 
+const WATCH_ABOUT: &str = "\
+Trace live traffic
+
+Attaches to the Calico nodes in all network namespaces of this machine and prints the traces of the packets that pods \
+send and receive, until interrupted. Needs root, or CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON and CAP_SYS_ADMIN.";
+
 const WATCH_AFTER: &str = "\
 Examples:
   calitrace watch                                   every flow of every pod of this machine
@@ -87,11 +93,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Trace live traffic
-    ///
-    /// Attaches to the Calico nodes in all network namespaces of this machine and prints the traces of the packets
-    /// that pods send and receive, until interrupted. Needs root, or `CAP_BPF`, `CAP_NET_ADMIN`, `CAP_PERFMON` and
-    /// `CAP_SYS_ADMIN`.
-    #[command(after_help = WATCH_AFTER)]
+    #[command(long_about = WATCH_ABOUT, after_help = WATCH_AFTER)]
     Watch(Box<WatchArgs>),
     /// Trace what event logs hold
     ///
@@ -124,9 +126,9 @@ struct WatchArgs {
     /// UDP port by which VXLAN is recognised
     #[arg(long, value_name = "PORT", default_value_t = 4789, value_parser = port, help_heading = "Kernel")]
     vxlan_port: u16,
-    /// Type information of the running kernel
+    /// Type information (BTF) of the running kernel [default: /sys/kernel/btf/vmlinux]
     ///
-    /// BTF of the running kernel [default: /sys/kernel/btf/vmlinux]. Without it, drops are not seen.
+    /// Without it drops are not seen; all else works.
     #[arg(long, value_name = "FILE", help_heading = "Kernel")]
     btf: Option<PathBuf>,
     /// Size of the ring buffer, a power of two from 4KiB to 1GiB
@@ -165,9 +167,7 @@ struct TopologyArgs {
 struct DoctorArgs {
     #[command(flatten)]
     nodes: NodeArgs,
-    /// Type information of the running kernel
-    ///
-    /// BTF of the running kernel [default: /sys/kernel/btf/vmlinux].
+    /// Type information (BTF) of the running kernel [default: /sys/kernel/btf/vmlinux]
     #[arg(long, value_name = "FILE")]
     btf: Option<PathBuf>,
 }
@@ -207,15 +207,12 @@ struct OutputArgs {
     /// as calitrace-1.schema.json in the sources says. traceroute: blocks in the form that traceroute prints.
     #[arg(short, long, value_enum, value_name = "FORM", default_value_t = Form::Text, hide_possible_values = true)]
     output: Form,
-    /// Write all that is observed to a file, whatever the filter; may be repeated
+    /// Write all that is observed to a file; may be repeated
     ///
-    /// The ending tells the format: .jsonl is an event log for `calitrace read`. All that is observed is written,
-    /// whatever the filter.
+    /// The ending tells the format: .jsonl is an event log for `calitrace read`. The filter does not restrict it.
     #[arg(short, long = "write", value_name = "FILE")]
     write: Vec<OutputFile>,
-    /// Stop after so many packets
-    ///
-    /// Stop after so many packet traces that match the filter.
+    /// Stop after so many packets that match the filter
     #[arg(short, long)]
     count: Option<NonZeroU64>,
 }

@@ -51,7 +51,7 @@ impl Files {
             if others.iter().any(|other| other.header.boot_id != boot_id) {
                 let clock = first.clock()?;
                 for other in others.iter_mut().filter(|other| other.header.boot_id != boot_id) {
-                    other.shift = clock - other.clock()?;
+                    other.shift = other.clock()? - clock;
                 }
             }
         }
@@ -205,4 +205,167 @@ impl Log {
 
 fn shifted(time: u64, shift: i128) -> u64 {
     u64::try_from((i128::from(time) + shift).max(0)).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::event::{Clock, FORMAT, LedgerRow, LogWriter, Node, VERSION};
+
+    /// Writes a log of `host` with this boot id; its items follow its header.
+    fn log(folder: &TempDir, name: &str, boot_id: &str, items: &[Item]) -> PathBuf {
+        let path = folder.path().join(name);
+        let mut log = LogWriter::new(File::create(&path).unwrap());
+        let header = Header {
+            format: FORMAT.into(),
+            version: VERSION,
+            program: "0.1.0".into(),
+            boot_id: boot_id.into(),
+            host: name.into(),
+            kernel: "6.18.0".into(),
+            hooks: Vec::new(),
+            filter: None,
+            drain_period: 10,
+        };
+        log.write(&Item::Header(header)).unwrap();
+        items.iter().try_for_each(|item| log.write(item)).unwrap();
+        path
+    }
+
+    fn node(time: u64, name: &str) -> Item {
+        Item::Fact(Fact::Node(Node {
+            time,
+            netns: 1,
+            name: name.into(),
+            cluster: 0,
+            addresses: Vec::new(),
+        }))
+    }
+
+    fn clock(time: u64, realtime: u64) -> Item {
+        Item::Fact(Fact::Clock(Clock { time, realtime }))
+    }
+
+    fn read(paths: &[PathBuf]) -> (Vec<String>, Vec<String>) {
+        let mut files = Files::open(paths).unwrap();
+        let items = files.by_ref().map(|item| match item.unwrap() {
+            Item::Header(header) => format!("header of {}", header.host),
+            Item::Fact(Fact::Node(node)) => format!("{} {}", node.time, node.name),
+            Item::Tick { time } => format!("{time} tick"),
+            Item::Ledger(ledger) => format!("{} ledger {} {}", ledger.time, ledger.rows.len(), ledger.exact),
+            Item::End { time } => format!("{time} end"),
+            other => format!("{} other", other.time().unwrap()),
+        });
+        (items.collect(), files.cuts().collect())
+    }
+
+    #[test]
+    fn files_are_merged_in_order_of_time_and_each_keeps_its_own() {
+        let folder = TempDir::new().unwrap();
+        // The second fact of the first file is late: it stays behind the first one.
+        let ledger = |time, exact| {
+            Item::Ledger(Ledger {
+                time,
+                exact,
+                rows: vec![LedgerRow::default()],
+            })
+        };
+        let one = [
+            node(100, "a"),
+            node(90, "b"),
+            node(300, "c"),
+            ledger(310, true),
+            Item::End { time: 320 },
+        ];
+        let two = [
+            node(95, "d"),
+            Item::Tick { time: 250 },
+            ledger(315, true),
+            Item::End { time: 400 },
+        ];
+        let paths = [
+            log(&folder, "one", "boot", &one),
+            log(&folder, "two", "boot", &two),
+        ];
+        let (items, cuts) = read(&paths);
+        let expected = [
+            "header of one",
+            "95 d",
+            "100 a",
+            "90 b",
+            "240 tick",
+            "300 c",
+            "310 ledger 1 false",
+            "315 ledger 2 true",
+            "400 end",
+        ];
+        assert_eq!(items, expected);
+        assert!(cuts.is_empty());
+    }
+
+    #[test]
+    fn one_file_is_handed_on_as_it_is() {
+        let folder = TempDir::new().unwrap();
+        let items = [node(100, "a"), Item::Tick { time: 250 }, Item::End { time: 400 }];
+        let (items, _) = read(&[log(&folder, "one", "boot", &items)]);
+        assert_eq!(items, ["header of one", "100 a", "250 tick", "400 end"]);
+    }
+
+    #[test]
+    fn another_machine_is_moved_to_the_first_ones_clock() {
+        let folder = TempDir::new().unwrap();
+        let one = [
+            clock(1_000, 51_000),
+            node(1_100, "a"),
+            node(1_300, "c"),
+            Item::End { time: 1_400 },
+        ];
+        // This machine was started later: the same moment has a lower time.
+        let two = [clock(200, 51_200), node(200, "b"), Item::End { time: 250 }];
+        let paths = [
+            log(&folder, "one", "boot", &one),
+            log(&folder, "two", "other", &two),
+        ];
+        let (items, _) = read(&paths);
+        assert_eq!(
+            items[1..],
+            [
+                "1000 other",
+                "1100 a",
+                "1200 other",
+                "1200 b",
+                "1300 c",
+                "1400 end"
+            ]
+        );
+    }
+
+    #[test]
+    fn without_a_clock_another_machine_cannot_be_merged() {
+        let folder = TempDir::new().unwrap();
+        let paths = [
+            log(&folder, "one", "boot", &[clock(1, 2)]),
+            log(&folder, "two", "other", &[node(1, "b")]),
+        ];
+        let error = format!("{:#}", Files::open(&paths).unwrap_err());
+        assert!(
+            error.contains("two was written on another machine and says nothing of its clock"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn one_cut_file_of_two_leaves_no_end_line() {
+        let folder = TempDir::new().unwrap();
+        let paths = [
+            log(&folder, "one", "boot", &[node(1, "a")]),
+            log(&folder, "two", "boot", &[Item::End { time: 5 }]),
+        ];
+        let (items, cuts) = read(&paths);
+        assert_eq!(items, ["header of one", "1 a"]);
+        assert_eq!(cuts.len(), 1);
+        assert!(cuts[0].contains("one was cut off after line 2"), "{cuts:?}");
+    }
 }

@@ -72,7 +72,7 @@ fn a_flow_is_shown_again_when_its_end_changes_and_at_most_once_a_second() {
     // From 1 s to 3 s every second packet is denied.
     traces.extend((10..30).map(|number: u16| {
         let start = u64::from(number) * SECOND / 10;
-        Arc::new(if number % 2 == 0 {
+        Arc::new(if number.is_multiple_of(2) {
             sample::denied(start)
         } else {
             sample::ping(start, number)

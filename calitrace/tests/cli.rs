@@ -1,0 +1,457 @@
+//! The command as a user meets it: help, errors, exit codes. Nothing here needs privileges or the network.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader},
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use calitrace::event::{FORMAT, Header, Item, Ledger, LedgerRow, LogWriter, VERSION};
+use tempfile::TempDir;
+
+/// What a run came to.
+struct Run {
+    code: i32,
+    stdout: String,
+    stderr: String,
+}
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_calitrace"));
+    // Help is wrapped to the width of the terminal that runs the tests, unless told otherwise.
+    command
+        .args(args)
+        .env("COLUMNS", "100")
+        .env_remove("NO_COLOR")
+        .stdin(Stdio::null());
+    command
+}
+
+fn run(args: &[&str]) -> Run {
+    finish(&mut command(args))
+}
+
+fn finish(command: &mut Command) -> Run {
+    let output = command.output().unwrap();
+    Run {
+        code: output.status.code().unwrap(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+/// Help without the spaces that clap leaves at line ends.
+fn help(run: &Run) -> String {
+    let lines: Vec<&str> = run.stdout.lines().map(str::trim_end).collect();
+    lines.join("\n")
+}
+
+/// A folder of logs, which stand in messages by their names alone.
+struct Logs(TempDir);
+
+impl Logs {
+    fn new() -> Self {
+        Self(TempDir::new().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn bytes(&self, name: &str, bytes: &[u8]) -> PathBuf {
+        fs::write(self.path(name), bytes).unwrap();
+        self.path(name)
+    }
+
+    /// A log of so many ledgers.
+    fn log(&self, name: &str, ledgers: u64) -> PathBuf {
+        let mut log = LogWriter::new(File::create(self.path(name)).unwrap());
+        log.write(&header()).unwrap();
+        for time in 0..ledgers {
+            let rows = vec![
+                LedgerRow {
+                    hook: "kfree_skb".into(),
+                    ..LedgerRow::default()
+                };
+                100
+            ];
+            log.write(&Item::Ledger(Ledger {
+                time,
+                exact: false,
+                rows,
+            }))
+            .unwrap();
+        }
+        log.write(&Item::End { time: ledgers }).unwrap();
+        self.path(name)
+    }
+
+    fn read(&self, args: &[&str]) -> Run {
+        let mut run = finish(command(args).current_dir(self.0.path()));
+        run.stderr = run.stderr.replace(&self.0.path().display().to_string(), "");
+        run
+    }
+}
+
+fn header() -> Item {
+    Item::Header(Header {
+        format: FORMAT.into(),
+        version: VERSION,
+        program: "0.1.0".into(),
+        boot_id: "boot".into(),
+        host: "minikube".into(),
+        kernel: "6.18.0".into(),
+        hooks: Vec::new(),
+        filter: None,
+        drain_period: 10_000_000,
+    })
+}
+
+#[test]
+fn short_help() {
+    insta::assert_snapshot!(help(&run(&["-h"])), @r#"
+    Traces the real packets of Calico pods, hop by hop
+
+    Usage: calitrace [OPTIONS] <COMMAND>
+
+    Commands:
+      watch     Trace live traffic
+      read      Trace what event logs hold
+      topology  Show the Calico nodes of this machine
+      doctor    Show what works on this machine, what does not and why
+
+    Options:
+      -v, --verbose...  Says more on standard error; twice for the kernel side's own logs
+      -h, --help        Print help (see more with '--help')
+      -V, --version     Print version
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 no permission, 4 nothing to trace.
+    "#);
+}
+
+#[test]
+fn help_of_watch() {
+    let run = run(&["watch", "--help"]);
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    insta::assert_snapshot!(help(&run), @r#"
+    Trace live traffic
+
+    Attaches to the Calico nodes in all network namespaces of this machine and prints the traces of the
+    packets that pods send and receive, until interrupted. Needs root, or `CAP_BPF`, `CAP_NET_ADMIN`,
+    `CAP_PERFMON` and `CAP_SYS_ADMIN`.
+
+    Usage: calitrace watch [OPTIONS]
+
+    Options:
+      -v, --verbose...
+              Says more on standard error; twice for the kernel side's own logs
+
+      -h, --help
+              Print help (see a summary with '-h')
+
+    Which packets:
+          --pod <NS/NAME>
+              Packets from or to this pod; repeat for more pods
+
+          --from <END>
+              Packets from this pod, address or prefix
+
+          --to <END>
+              Packets to this pod, address or prefix; a service address, too
+
+          --proto <PROTOCOL>
+              tcp, udp, icmp, icmpv6, sctp or a protocol number
+
+          --port <PORT>
+              Packets from or to this port
+
+          --interface <NAME>
+              Packets that passed this interface of a node
+
+          --dropped
+              Dropped packets only
+
+    Output:
+      -o, --output <FORM>
+              Form of the output: text, json or traceroute
+              
+              text: a block for each flow; on a terminal the latest ones, redrawn in place. json: a line
+              for each packet, as calitrace-1.schema.json in the sources says. traceroute: blocks in the
+              form that traceroute prints.
+              
+              [default: text]
+
+      -w, --write <FILE>
+              Write all that is observed to a file, whatever the filter; may be repeated
+              
+              The ending tells the format: .jsonl is an event log for `calitrace read`. All that is
+              observed is written, whatever the filter.
+
+      -c, --count <COUNT>
+              Stop after so many packets
+              
+              Stop after so many packet traces that match the filter.
+
+          --duration <TIME>
+              Stop after this time (10s, 2m, 1h)
+
+    Where:
+          --netns <NETNS>
+              Only the network namespace with this name, inode number or path; may be repeated
+
+          --node <NAME>
+              Only the node with this name; may be repeated
+
+          --service-cidr <PREFIX>
+              Prefix of service addresses; may be repeated [default: the cluster's]
+
+          --interface-prefix <PREFIX>
+              What names of workload interfaces begin with; may be repeated
+              
+              [default: cali]
+
+          --no-wait
+              End with exit code 4 where there is no Calico node, instead of waiting for one
+
+    Kernel:
+          --vxlan-port <PORT>
+              UDP port by which VXLAN is recognised
+              
+              [default: 4789]
+
+          --btf <FILE>
+              Type information of the running kernel
+              
+              BTF of the running kernel [default: /sys/kernel/btf/vmlinux]. Without it, drops are not
+              seen.
+
+          --ring-size <SIZE>
+              Size of the ring buffer, a power of two from 4KiB to 1GiB
+              
+              [default: 16MiB]
+
+    Examples:
+      calitrace watch                                   every flow of every pod of this machine
+      calitrace watch --pod default/web-0 --dropped     what is dropped on its way from or to a pod
+      calitrace watch --to 10.96.0.10 --proto udp       queries to a service, wherever they end up
+      calitrace watch -o json -c 100 > packets.jsonl    a hundred packet traces for a script
+      calitrace watch -w capture.jsonl --duration 1m    a minute for `calitrace read`
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 no permission, 4 nothing to trace.
+    "#);
+}
+
+#[test]
+fn short_help_of_read() {
+    insta::assert_snapshot!(help(&run(&["read", "-h"])), @r#"
+    Trace what event logs hold
+
+    Usage: calitrace read [OPTIONS] <FILE>...
+
+    Arguments:
+      <FILE>...  Event logs
+
+    Options:
+      -v, --verbose...  Says more on standard error; twice for the kernel side's own logs
+      -h, --help        Print help (see more with '--help')
+
+    Which packets:
+          --pod <NS/NAME>     Packets from or to this pod; repeat for more pods
+          --from <END>        Packets from this pod, address or prefix
+          --to <END>          Packets to this pod, address or prefix; a service address, too
+          --proto <PROTOCOL>  tcp, udp, icmp, icmpv6, sctp or a protocol number
+          --port <PORT>       Packets from or to this port
+          --interface <NAME>  Packets that passed this interface of a node
+          --dropped           Dropped packets only
+
+    Output:
+      -o, --output <FORM>  Form of the output: text, json or traceroute [default: text]
+      -w, --write <FILE>   Write all that is observed to a file, whatever the filter; may be repeated
+      -c, --count <COUNT>  Stop after so many packets
+
+    Examples:
+      calitrace read capture.jsonl
+      calitrace read node-1.jsonl node-2.jsonl -o traceroute
+      calitrace read capture.jsonl --dropped -o json
+
+    Exit codes: 0 done, 1 error, 2 usage.
+    "#);
+}
+
+#[test]
+fn every_verb_explains_itself() {
+    for verb in ["watch", "read", "topology", "doctor"] {
+        for flag in ["-h", "--help"] {
+            let run = run(&[verb, flag]);
+            assert_eq!((run.code, run.stderr.as_str()), (0, ""), "{verb} {flag}");
+            assert!(
+                run.stdout.contains(&format!("Usage: calitrace {verb}")),
+                "{}",
+                run.stdout
+            );
+        }
+    }
+    assert_eq!(
+        run(&["--version"]).stdout,
+        format!("calitrace {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn what_makes_no_sense_is_a_usage_error() {
+    let cases: [&[&str]; 16] = [
+        &[],
+        &["trace"],
+        &["read"],
+        &["watch", "--nonsense"],
+        &["watch", "-o", "xml"],
+        &["watch", "-c", "0"],
+        &["watch", "--duration", "10"],
+        &["watch", "--duration", "0s"],
+        &["watch", "--ring-size", "3MiB"],
+        &["watch", "--pod", "web-0"],
+        &["watch", "--from", "10.0.0.0/40"],
+        &["watch", "--proto", "quic"],
+        &["watch", "--port", "0"],
+        &["watch", "--vxlan-port", "70000"],
+        &["watch", "--service-cidr", "10.96.0.0"],
+        &["topology", "-o", "traceroute"],
+    ];
+    for args in cases {
+        let run = run(args);
+        assert_eq!(
+            (run.code, run.stdout.as_str()),
+            (2, ""),
+            "{args:?}: {}",
+            run.stderr
+        );
+        assert!(!run.stderr.is_empty(), "{args:?}");
+    }
+}
+
+#[test]
+fn an_unknown_ending_is_told_the_known_ones() {
+    let run = run(&["watch", "-w", "capture.csv"]);
+    assert_eq!(run.code, 2);
+    insta::assert_snapshot!(run.stderr, @r#"
+    error: invalid value 'capture.csv' for '--write <FILE>': the ending tells the format, and the known ones are: .jsonl
+
+    For more information, try '--help'.
+    "#);
+}
+
+#[test]
+fn what_cannot_be_read_is_said_so() {
+    let logs = Logs::new();
+    logs.bytes("empty.jsonl", b"");
+    logs.bytes("picture.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR");
+    let Item::Header(mut newer) = header() else {
+        unreachable!()
+    };
+    (newer.version, newer.program) = (9, "4.0.0".into());
+    logs.bytes("newer.jsonl", &serde_json::to_vec(&Item::Header(newer)).unwrap());
+    let mut bad = serde_json::to_vec(&header()).unwrap();
+    bad.extend(b"\n{\"type\":\"observation\"}\n");
+    logs.bytes("bad.jsonl", &bad);
+    let mut errors = String::new();
+    for name in [
+        "missing.jsonl",
+        "empty.jsonl",
+        "picture.png",
+        "newer.jsonl",
+        "bad.jsonl",
+    ] {
+        let run = logs.read(&["read", name]);
+        assert_eq!((run.code, run.stdout.as_str()), (1, ""), "{name}");
+        errors += &run.stderr;
+    }
+    insta::assert_snapshot!(errors, @r#"
+    error: open the event log missing.jsonl: No such file or directory (os error 2)
+    error: empty.jsonl is empty: an event log starts with a header line
+    error: picture.png is not an event log of calitrace: its first line is not a header
+    error: newer.jsonl has version 9 of the event log format (written by calitrace 4.0.0); this calitrace reads versions up to 1: use a newer one
+    error: line 2 of the event log bad.jsonl: missing field `time`
+    "#);
+}
+
+#[test]
+fn a_truncated_log_is_read_up_to_where_it_stops() {
+    let logs = Logs::new();
+    let whole = fs::read(logs.log("whole.jsonl", 3)).unwrap();
+    logs.bytes("cut.jsonl", &whole[..whole.len() - 30]);
+    let [cut, whole] = ["cut.jsonl", "whole.jsonl"].map(|name| logs.read(&["read", "-o", "json", name]));
+    assert_eq!((cut.code, whole.code), (0, 0));
+    // The cut goes through the last ledger.
+    assert_eq!((cut.stdout.lines().count(), whole.stdout.lines().count()), (2, 3));
+    assert_eq!(whole.stderr, "");
+    insta::assert_snapshot!(cut.stderr, @"");
+}
+
+#[test]
+fn a_log_is_written_again_as_it_was() {
+    let logs = Logs::new();
+    let log = logs.log("one.jsonl", 3);
+    let run = logs.read(&["read", "one.jsonl", "-w", "two.jsonl"]);
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    assert_eq!(fs::read(log).unwrap(), fs::read(logs.path("two.jsonl")).unwrap());
+}
+
+#[test]
+fn a_log_is_not_overwritten_while_it_is_read() {
+    let logs = Logs::new();
+    let before = fs::read(logs.log("one.jsonl", 3)).unwrap();
+    symlink("one.jsonl", logs.path("two.jsonl")).unwrap();
+    let run = logs.read(&["read", "one.jsonl", "-w", "two.jsonl"]);
+    assert_eq!(run.code, 1);
+    insta::assert_snapshot!(run.stderr, @"error: one.jsonl would be overwritten while it is read; write to another file");
+    assert_eq!(fs::read(logs.path("one.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn what_cannot_be_written_is_said_so() {
+    let logs = Logs::new();
+    logs.log("one.jsonl", 3);
+    symlink("/dev/full", logs.path("full.jsonl")).unwrap();
+    let mut errors = String::new();
+    for output in ["/no/such/folder/x.jsonl", "full.jsonl"] {
+        let run = logs.read(&["read", "one.jsonl", "-w", output]);
+        assert_eq!(run.code, 1, "{output}: {}", run.stderr);
+        errors += &run.stderr;
+    }
+    let full = File::options().write(true).open(Path::new("/dev/full")).unwrap();
+    let mut command = command(&["read", "-o", "json", "one.jsonl"]);
+    let output = command.current_dir(logs.0.path()).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    errors += &String::from_utf8(output.stderr).unwrap();
+    insta::assert_snapshot!(errors, @r#"
+    error: create /no/such/folder/x.jsonl: No such file or directory (os error 2)
+    error: write to full.jsonl: No space left on device (os error 28)
+    error: write to standard output: No space left on device (os error 28)
+    "#);
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let logs = Logs::new();
+    // Far more than a pipe holds.
+    logs.log("long.jsonl", 1_000);
+    let mut command = command(&["read", "-o", "json", "long.jsonl"]);
+    let mut child = command
+        .current_dir(logs.0.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    assert!(line.starts_with("{\"type\":\"ledger\""), "{line}");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(
+        (output.status.code(), output.stderr.as_slice()),
+        (Some(0), b"".as_slice())
+    );
+}
