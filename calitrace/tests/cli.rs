@@ -139,8 +139,8 @@ fn help_of_watch() {
     Trace live traffic
 
     Attaches to the Calico nodes in all network namespaces of this machine and prints the traces of the
-    packets that pods send and receive, until interrupted. Needs root, or `CAP_BPF`, `CAP_NET_ADMIN`,
-    `CAP_PERFMON` and `CAP_SYS_ADMIN`.
+    packets that pods send and receive, until interrupted. Needs root, or CAP_BPF, CAP_NET_ADMIN,
+    CAP_PERFMON and CAP_SYS_ADMIN.
 
     Usage: calitrace watch [OPTIONS]
 
@@ -176,23 +176,21 @@ fn help_of_watch() {
     Output:
       -o, --output <FORM>
               Form of the output: text, json or traceroute
-              
+
               text: a block for each flow; on a terminal the latest ones, redrawn in place. json: a line
               for each packet, as calitrace-1.schema.json in the sources says. traceroute: blocks in the
               form that traceroute prints.
-              
+
               [default: text]
 
       -w, --write <FILE>
-              Write all that is observed to a file, whatever the filter; may be repeated
-              
-              The ending tells the format: .jsonl is an event log for `calitrace read`. All that is
-              observed is written, whatever the filter.
+              Write all that is observed to a file; may be repeated
+
+              The ending tells the format: .jsonl is an event log for `calitrace read`. The filter does
+              not restrict it.
 
       -c, --count <COUNT>
-              Stop after so many packets
-              
-              Stop after so many packet traces that match the filter.
+              Stop after so many packets that match the filter
 
           --duration <TIME>
               Stop after this time (10s, 2m, 1h)
@@ -209,7 +207,7 @@ fn help_of_watch() {
 
           --interface-prefix <PREFIX>
               What names of workload interfaces begin with; may be repeated
-              
+
               [default: cali]
 
           --no-wait
@@ -218,18 +216,17 @@ fn help_of_watch() {
     Kernel:
           --vxlan-port <PORT>
               UDP port by which VXLAN is recognised
-              
+
               [default: 4789]
 
           --btf <FILE>
-              Type information of the running kernel
-              
-              BTF of the running kernel [default: /sys/kernel/btf/vmlinux]. Without it, drops are not
-              seen.
+              Type information (BTF) of the running kernel [default: /sys/kernel/btf/vmlinux]
+
+              Without it drops are not seen; all else works.
 
           --ring-size <SIZE>
               Size of the ring buffer, a power of two from 4KiB to 1GiB
-              
+
               [default: 16MiB]
 
     Examples:
@@ -268,8 +265,8 @@ fn short_help_of_read() {
 
     Output:
       -o, --output <FORM>  Form of the output: text, json or traceroute [default: text]
-      -w, --write <FILE>   Write all that is observed to a file, whatever the filter; may be repeated
-      -c, --count <COUNT>  Stop after so many packets
+      -w, --write <FILE>   Write all that is observed to a file; may be repeated
+      -c, --count <COUNT>  Stop after so many packets that match the filter
 
     Examples:
       calitrace read capture.jsonl
@@ -386,7 +383,7 @@ fn a_truncated_log_is_read_up_to_where_it_stops() {
     // The cut goes through the last ledger.
     assert_eq!((cut.stdout.lines().count(), whole.stdout.lines().count()), (2, 3));
     assert_eq!(whole.stderr, "");
-    insta::assert_snapshot!(cut.stderr, @"");
+    insta::assert_snapshot!(cut.stderr, @"warning: cut.jsonl was cut off after line 3: it has no end line; read up to there");
 }
 
 #[test]
