@@ -93,7 +93,7 @@ pub(crate) fn ipv6() -> Result<()> {
 pub(crate) fn blocked_time_exceeded() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let to = lab.pod("pod2")?.ip();
-    let once = ["-q", "1", "-w", "1"];
+    let once = ["-q", "1", "-w", "3"];
     lab.block_time_exceeded(true)?;
     let trace = lab.traceroute("pod1", to, Kind::Icmp, &once)?;
     ensure!(

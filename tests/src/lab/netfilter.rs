@@ -175,7 +175,7 @@ impl Rules<'_> {
         let peer = self.peer.address;
         let (packets, name) = match self.encapsulation {
             Encapsulation::Vxlan => (format!("-p udp -m udp --dport {}", VXLAN.1), "IPv4 VXLAN"),
-            Encapsulation::Ipip => ("-p ipencap".to_owned(), "IPIP"),
+            Encapsulation::Ipip => ("-p 4".to_owned(), "IPIP"),
             Encapsulation::None => return String::new(),
         };
         format!(
@@ -221,7 +221,7 @@ fn workload_chains(pod: &Pod, policy: Policy) -> String {
             text += &format!(
                 "-A {chain} -p udp -m udp --dport {} -m comment \
                  --comment \"Drop VXLAN encapped packets originating in workloads\" -j DROP\n\
-                 -A {chain} -p ipencap -m comment \
+                 -A {chain} -p 4 -m comment \
                  --comment \"Drop IPinIP encapped packets originating in workloads\" -j DROP\n",
                 VXLAN.1
             );

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 
 use crate::Lab;
 use crate::command;
+use crate::wait::patience;
 
 /// What one run of `ping` said.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,7 +26,9 @@ impl Lab {
     /// goes to `ping` as it is. No reply is not an error.
     pub fn ping(&self, part: &str, to: IpAddr, count: u32, extra: &[&str]) -> Result<Ping> {
         let (to, count) = (to.to_string(), count.to_string());
-        let words = ["ping", "-n", "-i", "0.02", "-W", "1", "-c", &count];
+        // How long it waits for what does not come; `ping` takes fractions of a second.
+        let wait = (patience().as_secs_f64() / 5.0).to_string();
+        let words = ["ping", "-n", "-i", "0.02", "-W", &wait, "-c", &count];
         let output = command::output(&mut self.exec(part, words.iter().chain(extra).chain([&&*to]))?)?;
         let raw = command::text(&output);
         parse(&raw).with_context(|| {
