@@ -10,6 +10,7 @@ mod presence;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use calitrace_tests::inventory::has_tcx;
 use calitrace_tests::{Encapsulation, Lab};
 use libtest_mimic::{Arguments, Trial};
 
@@ -54,17 +55,21 @@ fn main() -> ExitCode {
             presence::filters_are_seen,
         ),
     ];
-    let ipip = root && Lab::supports(Encapsulation::Ipip).unwrap_or(true);
+    let reason = |name: &str| match name {
+        _ if !root => Some("skipped: needs root"),
+        "paths::ipip" if !Lab::supports(Encapsulation::Ipip).unwrap_or(true) => {
+            Some("skipped: no ipip in this kernel")
+        }
+        "presence::programs_are_seen_while_they_are_there" if !has_tcx() => {
+            Some("skipped: no TCX in this kernel")
+        }
+        _ => None,
+    };
     let trials = tests.iter().map(|(name, run)| {
-        let run = *run;
-        let skipped = !root || (*name == "paths::ipip" && !ipip);
+        let (run, reason) = (*run, reason(name));
         Trial::test(*name, move || run().map_err(|error| format!("{error:?}").into()))
-            .with_ignored_flag(skipped)
-            .with_kind(match (skipped, root) {
-                (false, _) => "",
-                (true, true) => "skipped: no ipip in this kernel",
-                (true, false) => "skipped: needs root",
-            })
+            .with_ignored_flag(reason.is_some())
+            .with_kind(reason.unwrap_or_default())
     });
     libtest_mimic::run(&arguments, trials.collect()).exit_code()
 }

@@ -7,9 +7,12 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use anyhow::{Context, Result, ensure};
 use calitrace_tests::inventory::Inventory;
 use calitrace_tests::namespace::Namespace;
-use calitrace_tests::{Lab, Options};
+use calitrace_tests::{Lab, Options, wait_until};
 
-const NAME: &[u8] = b"presence_test\0\0\0";
+/// A name of 15 letters that no other process gives its programs.
+fn name() -> String {
+    format!("presence{:07}", std::process::id())
+}
 
 fn nodes(lab: &Lab) -> Result<Vec<Namespace>> {
     lab.nodes()
@@ -21,7 +24,8 @@ fn nodes(lab: &Lab) -> Result<Vec<Namespace>> {
 pub(crate) fn programs_are_seen() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let namespaces = nodes(&lab)?;
-    let take = || Inventory::take(&namespaces, "presence_");
+    let program_name = name();
+    let take = || Inventory::take(&namespaces, &program_name);
     ensure!(take()?.is_empty(), "before: {:?}", take()?);
     let program = load().context("cannot load a program")?;
     let found = take()?;
@@ -30,18 +34,19 @@ pub(crate) fn programs_are_seen() -> Result<()> {
         "loaded: {found:?}"
     );
     let link = namespaces[1].within(|| attach(&program, "vxlan.calico").context("cannot attach with TCX"))?;
-    let expected = format!("{} vxlan.calico egress presence_test", namespaces[1].name());
+    let expected = format!("{} vxlan.calico egress {program_name}", namespaces[1].name());
     ensure!(take()?.tcx == [expected], "attached: {:?}", take()?);
     drop(link);
     drop(program);
-    ensure!(take()?.is_empty(), "after: {:?}", take()?);
+    // The kernel may free them a moment later.
+    wait_until("the program to be gone", || Ok(take()?.is_empty().then_some(())))?;
     Ok(())
 }
 
 pub(crate) fn filters_are_seen() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let namespaces = nodes(&lab)?;
-    let take = || Inventory::take(&namespaces, "presence_");
+    let take = || Inventory::take(&namespaces, "no program begins so");
     let tc = |words: &str| {
         let words = ["tc"].into_iter().chain(words.split(' '));
         calitrace_tests::command::run(&mut lab.exec("minikube", words)?)
@@ -80,7 +85,7 @@ fn load() -> io::Result<File> {
     put(4, &2_u32.to_ne_bytes());
     put(8, &(code.as_ptr() as u64).to_ne_bytes());
     put(16, &(licence.as_ptr() as u64).to_ne_bytes());
-    put(48, NAME);
+    put(48, name().as_bytes());
     bpf(5, &mut attributes)
 }
 

@@ -115,6 +115,17 @@ pub fn programs() -> Result<BTreeMap<u32, String>> {
     }
 }
 
+/// Whether this kernel has TCX: 6.6 and later, as a rule.
+pub fn has_tcx() -> bool {
+    // Of the loopback device, which is the first of every namespace.
+    let mut query = Query {
+        target_ifindex: 1,
+        attach_type: TCX_INGRESS,
+        ..Query::default()
+    };
+    bpf(PROG_QUERY, &mut query).is_ok()
+}
+
 // Commands, attach types and layouts of bpf(2): include/uapi/linux/bpf.h, Linux 6.6.
 const PROG_GET_NEXT_ID: libc::c_long = 11;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
