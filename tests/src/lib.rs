@@ -15,5 +15,8 @@ pub mod namespace;
 pub mod traffic;
 pub mod wait;
 
+pub use inventory::Inventory;
 pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
-pub use wait::wait_until;
+pub use lab::netfilter::Policy;
+pub use namespace::Namespace;
+pub use wait::{patience, wait_until};

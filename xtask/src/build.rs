@@ -1,6 +1,7 @@
 //! `cargo xtask build`: the release binary, after what it takes has been set up.
 
 use std::fs;
+use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
 
@@ -9,6 +10,11 @@ use crate::{cargo, setup};
 
 pub(crate) fn run() -> Result<()> {
     setup::for_build()?;
+    binary().map(drop)
+}
+
+/// Builds it and tells where it is; what building takes must be there.
+pub(crate) fn binary() -> Result<PathBuf> {
     let built = cargo::build("build", &["build", "--release", "--package", "calitrace"])?;
     let binary = built
         .into_iter()
@@ -23,5 +29,5 @@ pub(crate) fn run() -> Result<()> {
         bytes / 1_000_000,
         bytes / 100_000 % 10
     ));
-    Ok(())
+    Ok(binary.file)
 }

@@ -3,6 +3,7 @@
 mod build;
 mod cargo;
 mod lab;
+mod demo;
 mod lint;
 mod root;
 mod setup;
@@ -31,6 +32,8 @@ enum Verb {
     Build,
     /// Two Calico nodes in network namespaces, to look around in
     Lab(lab::Options),
+    /// Raise a lab, make its pods talk, and show calitrace beside traceroute
+    Demo(demo::Options),
     /// Check the format and run clippy, on the eBPF programs too
     Lint,
     /// Run the tests, layer by layer
@@ -52,6 +55,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Setup => setup::everything(),
         Verb::Build => build::run(),
         Verb::Lab(options) => lab::run(&options),
+        Verb::Demo(options) => demo::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
     }

@@ -4,6 +4,7 @@ mod args;
 pub mod exit;
 pub mod plan;
 mod read;
+mod watch;
 
 use std::{
     ffi::OsString,
@@ -30,7 +31,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     init_log(plan.verbose);
     match plan.command {
         plan::Command::Read(plan) => read::run(&plan),
-        plan::Command::Watch(_) | plan::Command::Topology(_) | plan::Command::Doctor(_) => Ok(()),
+        plan::Command::Watch(plan) => watch::run(&plan),
+        plan::Command::Topology(_) | plan::Command::Doctor(_) => Ok(()),
     }
 }
 

@@ -111,3 +111,14 @@ pub struct OutputFile {
     /// What is written, as its ending says.
     pub format: FileFormat,
 }
+
+impl From<Nodes> for crate::calico::Options {
+    fn from(nodes: Nodes) -> Self {
+        Self {
+            interface_prefixes: nodes.interface_prefixes,
+            netns: nodes.netns,
+            nodes: nodes.names,
+            service_cidrs: nodes.service_cidrs,
+        }
+    }
+}

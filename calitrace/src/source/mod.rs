@@ -1,3 +1,4 @@
 //! Where items come from: the kernel, or event logs.
 
 pub mod file;
+pub mod live;

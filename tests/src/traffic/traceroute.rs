@@ -90,7 +90,8 @@ pub fn words(to: IpAddr, kind: Kind, extra: &[&str]) -> Vec<String> {
     words
 }
 
-fn parse(raw: &str) -> Result<Vec<Hop>> {
+/// Reads what traceroute printed: its header and a line for each hop.
+pub fn parse(raw: &str) -> Result<Vec<Hop>> {
     // The header begins with "traceroute"; everything else is a line of a hop.
     let lines = raw
         .lines()

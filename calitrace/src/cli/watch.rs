@@ -1,0 +1,145 @@
+//! `calitrace watch`: the live source through the pipeline, until enough was seen or somebody says stop.
+
+use std::{
+    io::{self, Write as _},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::plan;
+use crate::{
+    calico::NodeView,
+    error::NothingToTrace,
+    kernel,
+    source::live::{self, Live},
+};
+
+/// How often to look for a node that is not there yet.
+const PATIENCE: Duration = Duration::from_millis(250);
+
+/// Carries it out.
+pub(super) fn run(plan: &plan::Watch) -> Result<()> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?
+        .block_on(watch(plan))
+}
+
+async fn watch(plan: &plan::Watch) -> Result<()> {
+    // Before anything is attached: from here on a signal ends in order.
+    let mut signals = Signals::listen()?;
+    kernel::check_permission("watch")?;
+    let mut pipeline = super::open(&plan.view)?;
+    let mut live = Live::new(options(plan))?;
+    for what in live.missing() {
+        log::warn!("{what}");
+    }
+    while let Some(absent) = absent(plan, live.nodes()) {
+        if !plan.wait {
+            return Err(NothingToTrace { why: absent }.into());
+        }
+        say(&format!("waiting: {absent}"));
+        loop {
+            tokio::select! {
+                () = signals.any() => return Ok(()),
+                () = tokio::time::sleep(PATIENCE) => live.look_again()?,
+            }
+            if self::absent(plan, live.nodes()).as_ref() != Some(&absent) {
+                break;
+            }
+        }
+    }
+
+    let stop = async {
+        match plan.duration {
+            Some(duration) => tokio::select! {
+                () = signals.any() => {}
+                () = tokio::time::sleep(duration) => return,
+            },
+            None => signals.any().await,
+        }
+        // Detaching takes a moment on a node with many pods; who asks twice does not want to wait for the last ledger.
+        // The kernel takes the hooks away with the process.
+        tokio::spawn(async move {
+            signals.any().await;
+            std::process::exit(1);
+        });
+    };
+    let ready = |what: &str| say(&format!("observing {what}"));
+    live.run(stop, ready, |item| pipeline.push(&item)).await?;
+    pipeline.finish()
+}
+
+fn options(plan: &plan::Watch) -> live::Options {
+    live::Options {
+        kernel: kernel::Config {
+            ring_bytes: plan.ring_size,
+            vxlan_port: plan.vxlan_port,
+            verbose: log::log_enabled!(log::Level::Debug),
+            btf: plan.btf.clone(),
+            ..kernel::Config::default()
+        },
+        discovery: plan.nodes.clone().into(),
+        first: plan.view.filter.interface.iter().cloned().collect(),
+        filter: Some(plan.view.filter.to_string()).filter(|text| !text.is_empty()),
+    }
+}
+
+/// What is missing before anything can be traced, as the end of a sentence.
+fn absent(plan: &plan::Watch, nodes: &[NodeView]) -> Option<String> {
+    if nodes.is_empty() {
+        let prefixes: Vec<String> =
+            plan.nodes.interface_prefixes.iter().map(|prefix| format!("{prefix}*")).collect();
+        let place = match (plan.nodes.netns.as_slice(), plan.nodes.names.as_slice()) {
+            ([], []) => "in any network namespace of this machine".to_owned(),
+            (netns, []) => format!("in the network namespace {}", netns.join(", ")),
+            (_, names) => format!("named {}", names.join(", ")),
+        };
+        return Some(format!(
+            "no Calico node {place} (it would have interfaces {} with routes to pods, or a tunnel device and an \
+             address block)",
+            prefixes.join(", ")
+        ));
+    }
+    let wanted = plan.view.filter.interface.as_ref()?;
+    let mut names: Vec<&str> =
+        nodes.iter().flat_map(|node| &node.interfaces).map(|interface| interface.name.as_str()).collect();
+    if names.iter().any(|name| name == wanted) {
+        return None;
+    }
+    names.sort_unstable();
+    names.dedup();
+    Some(format!("no interface {wanted} on any Calico node of this machine; there are {}", names.join(", ")))
+}
+
+/// A sentence for the person at the terminal, beside the output.
+fn say(text: &str) {
+    // Without a standard error there is nobody to tell.
+    drop(writeln!(io::stderr(), "{text}"));
+}
+
+/// SIGINT and SIGTERM.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
+            terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
+        })
+    }
+
+    /// Completes when one comes.
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}

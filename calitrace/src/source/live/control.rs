@@ -1,0 +1,363 @@
+//! The control thread: keeps the hooks on the interfaces that are there, and says what it knows.
+//!
+//! An attach takes milliseconds and discovery some more, so both stay off the thread that handles records. Everything
+//! it learns goes to that thread as a [`Message`], a fact always before the hook that makes its first use possible.
+
+use std::{
+    collections::BTreeSet,
+    os::fd::AsFd as _,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::EventFd,
+};
+use rustc_hash::FxHashMap;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::{
+    attach::{Site, changes},
+    clock,
+};
+use crate::{
+    calico::{self, NodeView, facts_changed, facts_gone},
+    event::{Attachment, AttachmentState, Fact, Netns},
+    kernel::{Attached, AttachmentCheck, Count, Kernel},
+    netns,
+    route::{Lookup, Monitor},
+};
+
+/// Netlink tells of changes in a known namespace at once; new namespaces, lost attachments and clocks are looked for
+/// this often.
+const ROUND: Duration = Duration::from_secs(1);
+/// A namespace may become a node without a new namespace appearing: all are looked at this often at least.
+const THOROUGH: Duration = Duration::from_secs(10);
+/// Changes come in bursts (a pod: link, address, route, neighbour); one look after the burst sees them all.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// How long drops are still observed after the last interface is not.
+const LAST_DROPS: Duration = Duration::from_millis(60);
+/// How often a hook is put back where another program took it away.
+const REPAIRS: u32 = 5;
+
+/// What the control thread tells the record thread.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// Something known from now on.
+    Fact(Fact),
+    /// A node whose kernel can be asked for hop addresses.
+    Lookup(Netns, Arc<Lookup>),
+    /// A node's links, addresses or routes changed.
+    Changed(Netns),
+    /// A node is gone.
+    Gone(Netns),
+    /// The kernel's counters.
+    Counts(u64, Vec<Count>),
+    /// Every hook of every node found at start is attached.
+    Ready(String),
+    /// The control thread failed.
+    Failed(anyhow::Error),
+}
+
+/// Settings of the control thread.
+#[derive(Debug)]
+pub(super) struct Settings {
+    /// Where to look for nodes.
+    pub(super) discovery: calico::Options,
+    /// Interfaces to attach first.
+    pub(super) first: Vec<String>,
+}
+
+/// The state of the control thread.
+pub(super) struct Control {
+    kernel: Kernel,
+    settings: Settings,
+    messages: UnboundedSender<Message>,
+    stop: Arc<EventFd>,
+    views: Vec<NodeView>,
+    monitors: FxHashMap<Netns, Monitor>,
+    sites: FxHashMap<Site, String>,
+    /// How often a hook was put back.
+    repaired: FxHashMap<Site, u32>,
+    /// The namespaces there were when all were last looked at, and when that was.
+    looked: (BTreeSet<Netns>, Instant),
+    /// Said once each: a namespace may vanish while it is looked at, a kernel may refuse every interface alike.
+    warned: BTreeSet<String>,
+}
+
+impl Control {
+    /// Takes over the loaded programs and the nodes found so far.
+    pub(super) fn new(
+        kernel: Kernel,
+        settings: Settings,
+        views: Vec<NodeView>,
+        messages: UnboundedSender<Message>,
+        stop: Arc<EventFd>,
+    ) -> Self {
+        Self {
+            kernel,
+            settings,
+            messages,
+            stop,
+            views,
+            monitors: FxHashMap::default(),
+            sites: FxHashMap::default(),
+            repaired: FxHashMap::default(),
+            looked: (BTreeSet::new(), Instant::now()),
+            warned: BTreeSet::new(),
+        }
+    }
+
+    /// Attaches, watches and repairs until stopped; then detaches everything and gives the programs back, so that the
+    /// counters can be read after the ring was drained.
+    pub(super) fn run(mut self) -> Kernel {
+        if let Err(error) = self.observe() {
+            self.send(Message::Failed(error));
+        }
+        // A packet counts as delivered when no drop followed, so drops are observed a while longer than interfaces.
+        for site in self.sites.keys().copied().collect::<Vec<_>>() {
+            self.detach(site, AttachmentState::Detached);
+        }
+        std::thread::sleep(LAST_DROPS);
+        if let Err(error) = self.kernel.detach_all() {
+            log::warn!("{error:#}");
+        }
+        self.kernel
+    }
+
+    fn observe(&mut self) -> Result<()> {
+        self.send(Message::Fact(Fact::Clock(clock::both())));
+        let found = std::mem::take(&mut self.views);
+        self.adopt(found)?;
+        self.kernel.attach_global().context("attach the tracepoint skb:kfree_skb")?;
+        self.attach()?;
+        self.send(Message::Ready(self.summary()));
+        let mut round = Instant::now();
+        while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
+            let changed = self.changed();
+            if round.elapsed() >= ROUND {
+                round = Instant::now();
+                self.round()?;
+            } else if !changed.is_empty() {
+                std::thread::sleep(SETTLE);
+                // What came in meanwhile is part of the same burst.
+                let changed = changed.union(&self.changed()).copied().collect();
+                self.refresh(&changed)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Once a second: clocks, counters, new and vanished namespaces, lost attachments.
+    fn round(&mut self) -> Result<()> {
+        self.send(Message::Fact(Fact::Clock(clock::both())));
+        let time = clock::monotonic();
+        let counts = self.kernel.counters()?;
+        self.send(Message::Counts(time, counts));
+        let namespaces: BTreeSet<Netns> = netns::list()?.iter().map(netns::Found::inode).collect();
+        if namespaces != self.looked.0 || self.looked.1.elapsed() >= THOROUGH {
+            let found = calico::discover(&self.settings.discovery).context("look for Calico nodes")?;
+            self.looked = (namespaces, Instant::now());
+            self.adopt(found)?;
+        } else {
+            // No notice tells of the files that name a pod.
+            let unnamed = self.views.iter().filter(|view| view.has_unnamed_pods());
+            let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
+            self.look_again(&unnamed)?;
+        }
+        self.repair();
+        self.attach()
+    }
+
+    /// Looks again at the nodes that said they changed.
+    fn refresh(&mut self, changed: &BTreeSet<Netns>) -> Result<()> {
+        for &netns in changed {
+            self.send(Message::Changed(netns));
+        }
+        self.look_again(changed)?;
+        self.attach()
+    }
+
+    /// Reads the tables of these nodes anew.
+    fn look_again(&mut self, which: &BTreeSet<Netns>) -> Result<()> {
+        if which.is_empty() {
+            return Ok(());
+        }
+        let mut found = Vec::with_capacity(self.views.len());
+        for view in &self.views {
+            if which.contains(&view.netns()) {
+                match view.refresh() {
+                    Ok(fresh) => found.extend(fresh),
+                    // A namespace may vanish while it is looked at; the next round finds out.
+                    Err(error) => {
+                        log::debug!("node {} cannot be looked at again: {error:#}", view.node.name);
+                        found.push(view.clone());
+                    }
+                }
+            } else {
+                found.push(view.clone());
+            }
+        }
+        self.adopt(found)
+    }
+
+    /// Makes `found` the known nodes, and says what is new.
+    fn adopt(&mut self, found: Vec<NodeView>) -> Result<()> {
+        let time = clock::monotonic();
+        for gone in self.views.iter().filter(|old| found.iter().all(|new| new.netns() != old.netns())) {
+            self.monitors.remove(&gone.netns());
+            for fact in facts_gone(gone, time) {
+                self.send(Message::Fact(fact));
+            }
+            self.send(Message::Gone(gone.netns()));
+        }
+        for view in &found {
+            let netns = view.netns();
+            if !self.monitors.contains_key(&netns) {
+                match Monitor::open(&view.handle) {
+                    Ok(monitor) => {
+                        self.monitors.insert(netns, monitor);
+                        self.send(Message::Lookup(netns, Arc::clone(&view.lookup)));
+                    }
+                    Err(error) => {
+                        self.warn(format!("changes of node {} go unnoticed: {error:#}", view.node.name));
+                    }
+                }
+            }
+            let old = self.views.iter().find(|old| old.netns() == netns);
+            for fact in facts_changed(old, view, time) {
+                self.send(Message::Fact(fact));
+            }
+        }
+        let scope: BTreeSet<_> = found.iter().flat_map(|view| view.scope.iter().copied()).collect();
+        self.kernel
+            .set_scope(&scope.into_iter().collect::<Vec<_>>())
+            .context("tell the programs which addresses are pods', blocks' and services'")?;
+        self.views = found;
+        Ok(())
+    }
+
+    /// Attaches what is missing, and lets go of what vanished. Comes back early when asked to stop.
+    fn attach(&mut self) -> Result<()> {
+        let changes = changes(&self.views, &self.sites, &self.settings.first);
+        for site in changes.detach {
+            self.detach(site, AttachmentState::Detached);
+        }
+        for (site, name) in changes.attach {
+            if self.wait(Duration::ZERO)? {
+                return Ok(());
+            }
+            let Some(view) = self.views.iter().find(|view| view.netns() == site.netns) else { continue };
+            match self.kernel.attach_tc(&view.handle, &name, site.ifindex, site.hook) {
+                Ok(Attached::Yes) => {
+                    self.sites.insert(site, name);
+                    self.attachment(site, AttachmentState::Attached);
+                }
+                Ok(Attached::Gone) => {}
+                Err(error) => {
+                    let text = format!("interface {name} of node {} is not observed: {error:#}", view.node.name);
+                    self.warn(text);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds attachments that somebody else took away or came behind of, so that [`Self::attach`] puts them back.
+    fn repair(&mut self) {
+        let sites: Vec<Site> = self.sites.keys().copied().collect();
+        for site in sites {
+            let what = match self.kernel.check_tc(site.netns, site.ifindex, site.hook) {
+                Ok(AttachmentCheck::Lost) => "was taken away",
+                Ok(AttachmentCheck::Displaced) => "is no longer the outermost",
+                // A vanished interface is found by discovery.
+                Ok(AttachmentCheck::InPlace | AttachmentCheck::Gone) => continue,
+                Err(error) => {
+                    log::debug!("the hooks of node {} cannot be looked at: {error:#}", site.netns);
+                    continue;
+                }
+            };
+            // Another program may insist on the same place; two that put themselves back for ever help nobody.
+            let repaired = self.repaired.entry(site).or_default();
+            if *repaired >= REPAIRS {
+                continue;
+            }
+            *repaired += 1;
+            let name = self.sites.get(&site).cloned().unwrap_or_default();
+            log::warn!("the hook on {name} {what} by another program; attaching it again");
+            self.detach(site, AttachmentState::Lost);
+        }
+    }
+
+    fn detach(&mut self, site: Site, state: AttachmentState) {
+        if let Err(error) = self.kernel.detach_tc(site.netns, site.ifindex, site.hook) {
+            log::debug!("{error:#}");
+        }
+        self.sites.remove(&site);
+        self.attachment(site, state);
+    }
+
+    /// Waits for a change or the end of `patience`; true when asked to stop.
+    fn wait(&self, patience: Duration) -> Result<bool> {
+        let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
+        fds.extend(self.monitors.values().map(|monitor| PollFd::new(monitor.as_fd(), PollFlags::POLLIN)));
+        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).context("wait for netlink changes"),
+        }
+        Ok(fds[0].any().unwrap_or(false))
+    }
+
+    /// The nodes whose netlink sockets have news.
+    fn changed(&mut self) -> BTreeSet<Netns> {
+        let mut changed = BTreeSet::new();
+        for (netns, monitor) in &mut self.monitors {
+            match monitor.drain() {
+                Ok(changes) if changes.any() => {
+                    changed.insert(*netns);
+                }
+                Ok(_) => {}
+                Err(error) => log::debug!("netlink monitor of node {netns}: {error:#}"),
+            }
+        }
+        changed
+    }
+
+    /// What is observed, for a person.
+    fn summary(&self) -> String {
+        let names: Vec<&str> = self.views.iter().map(|view| view.node.name.as_str()).collect();
+        let pods: usize = self.views.iter().map(|view| view.pods.len()).sum();
+        format!(
+            "{} node{} ({}) with {pods} pod{} through {} hooks",
+            names.len(),
+            if names.len() == 1 { "" } else { "s" },
+            names.join(", "),
+            if pods == 1 { "" } else { "s" },
+            self.sites.len() + 1,
+        )
+    }
+
+    fn attachment(&self, site: Site, state: AttachmentState) {
+        let Site { netns, ifindex, hook } = site;
+        let time = clock::monotonic();
+        self.send(Message::Fact(Fact::Attachment(Attachment { time, netns, ifindex, hook, state })));
+    }
+
+    fn warn(&mut self, text: String) {
+        if !self.warned.contains(&text) {
+            log::warn!("{text}");
+            self.warned.insert(text);
+        }
+    }
+
+    fn send(&self, message: Message) {
+        // The record thread only goes away after it asked this one to stop.
+        if self.messages.send(message).is_err() {
+            log::debug!("nobody listens to the control thread any more");
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! Makes the loss ledger of the kernel's counters and of what user space did with the records.
+
+use std::collections::BTreeMap;
+
+use rustc_hash::FxHashMap;
+
+use crate::{
+    event::{Hook, Ledger, LedgerRow, Netns},
+    kernel::{Count, hooks},
+};
+
+/// Counts of user space, and the names of the nodes.
+#[derive(Debug, Default)]
+pub(super) struct Books {
+    /// Per node; drops in namespaces that are no node's are kept under 0.
+    nodes: FxHashMap<Netns, String>,
+    decoded: FxHashMap<(Netns, Hook), u64>,
+}
+
+impl Books {
+    /// A node and its name.
+    pub(super) fn name(&mut self, netns: Netns, name: String) {
+        self.nodes.insert(netns, name);
+    }
+
+    /// A record was decoded.
+    pub(super) fn decoded(&mut self, netns: Netns, hook: Hook) {
+        let row = self.row_of(netns);
+        *self.decoded.entry((row, hook)).or_default() += 1;
+    }
+
+    /// The ledger for these kernel counts.
+    pub(super) fn ledger(
+        &self,
+        time: u64,
+        exact: bool,
+        counts: &[Count],
+        dropped: &BTreeMap<(Netns, Hook), u64>,
+    ) -> Ledger {
+        let mut rows: FxHashMap<(Netns, Hook), LedgerRow> = FxHashMap::default();
+        for count in counts {
+            let key = (self.row_of(count.netns), count.hook);
+            let row = rows.entry(key).or_default();
+            row.seen += count.counters.seen;
+            row.non_ip += count.counters.non_ip;
+            row.out_of_scope += count.counters.out_of_scope;
+            row.ring_refused += count.counters.ring_refused;
+            row.recorded += count.counters.recorded;
+        }
+        for (&(netns, hook), records) in dropped {
+            rows.entry((self.row_of(netns), hook)).or_default().user_dropped += records;
+        }
+        for (&(netns, hook), row) in &mut rows {
+            row.node = self.nodes.get(&netns).cloned();
+            row.netns = row.node.is_some().then_some(netns);
+            hooks::row(hook).name.clone_into(&mut row.hook);
+            row.decoded = self.decoded.get(&(netns, hook)).copied().unwrap_or(0);
+        }
+        let mut rows: Vec<_> = rows.into_iter().collect();
+        rows.sort_by(|((_, a_hook), a), ((_, b_hook), b)| (&a.node, a_hook).cmp(&(&b.node, b_hook)));
+        Ledger { time, exact, rows: rows.into_iter().map(|(_, row)| row).collect() }
+    }
+
+    fn row_of(&self, netns: Netns) -> Netns {
+        if self.nodes.contains_key(&netns) { netns } else { 0 }
+    }
+}

@@ -1,0 +1,82 @@
+//! Nothing is left behind, however `calitrace watch` ends; and while it runs, the same look finds it.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use calitrace_tests::{Inventory, Lab, Namespace, Options, wait_until};
+use nix::sys::signal::Signal;
+
+use crate::{
+    Test,
+    support::{Watch, with},
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("nothing_is_left_after_sigint", || left_after(Signal::SIGINT)),
+    ("nothing_is_left_after_sigterm", || left_after(Signal::SIGTERM)),
+    ("nothing_is_left_after_kill_9", || left_after(Signal::SIGKILL)),
+    ("nothing_of_the_lab_is_left", lab_is_gone),
+    ("nothing_of_the_node_is_changed", node_is_unchanged),
+];
+
+fn left_after(signal: Signal) -> Result<()> {
+    let lab = Lab::up(&Options::default())?;
+    let look = || -> Result<Inventory> {
+        let namespaces =
+            lab.namespaces()?.iter().map(|name| Namespace::open(name)).collect::<Result<Vec<_>>>()?;
+        Inventory::take(&namespaces, "calitrace_")
+    };
+    let before = look()?;
+    ensure!(before.is_empty(), "before: {before:?}");
+    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    lab.ping("pod1", lab.pod("pod2")?.ip(), 2, &[])?;
+    let during = look()?;
+    // Two nodes with two pods, a tunnel and an uplink each, two directions; six TC programs and one for drops.
+    ensure!(during.tcx.len() == 16 && during.programs.len() == 7, "during: {during:?}");
+    let pid = watch.pid();
+    let finished = watch.signal(signal)?;
+    ensure!((signal == Signal::SIGKILL) != finished.status.success(), "{finished:?}");
+    ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is still there");
+    // The kernel frees the programs of a killed process a moment later.
+    wait_until("the kernel to free what the process held", || {
+        let after = look()?;
+        Ok(after.is_empty().then_some(()))
+    })
+    .with_context(|| format!("after {signal}: {:?}", look()))
+}
+
+fn lab_is_gone() -> Result<()> {
+    let lab = Lab::up(&Options::default())?;
+    let names = lab.namespaces()?;
+    ensure!(names.iter().all(|name| Path::new("/run/netns").join(name).exists()), "{names:?}");
+    lab.down()?;
+    ensure!(names.iter().all(|name| !Path::new("/run/netns").join(name).exists()), "{names:?}");
+    Ok(())
+}
+
+/// Rules, routes, addresses, qdiscs and settings of a node before, during and after.
+fn node_is_unchanged() -> Result<()> {
+    let lab = Lab::up(&Options::default())?;
+    let look = || -> Result<String> {
+        let mut text = String::new();
+        for words in [
+            &["ip", "rule"][..],
+            &["ip", "route", "show", "table", "all"],
+            &["ip", "-d", "address"],
+            &["tc", "qdisc"],
+            &["sysctl", "-a", "--pattern", "^net\\.(ipv4|ipv6|netfilter)\\.(conf|ip_|icmp)"],
+        ] {
+            let output = lab.exec("minikube", words)?.output().with_context(|| format!("run {words:?}"))?;
+            ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+            text.push_str(&String::from_utf8_lossy(&output.stdout));
+        }
+        Ok(text)
+    };
+    let before = look()?;
+    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    let during = look()?;
+    watch.stop()?;
+    ensure!(before == during, "before:\n{before}\nduring:\n{during}");
+    ensure!(before == look()?, "before:\n{before}\nafter:\n{}", look()?);
+    Ok(())
+}

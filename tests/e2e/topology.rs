@@ -1,0 +1,141 @@
+//! `topology` beside `ip`, and `doctor` on what this kernel and a broken node lack.
+
+use anyhow::{Context as _, Result, ensure};
+use calitrace_tests::{DeviceOrder, Lab, Options, traffic::traceroute::Kind};
+use serde_json::Value;
+
+use crate::{
+    Test,
+    support::{run, with},
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    ("topology_says_what_ip_says", topology_is_ip),
+    ("topology_expects_the_path_that_traceroute_prints", expected_path),
+    ("doctor_names_what_is_missing", doctor),
+];
+
+fn topology_is_ip() -> Result<()> {
+    let lab = Lab::up(&Options::default())?;
+    let finished = run(&with(&lab, &["topology", "-o", "json"]))?;
+    ensure!(finished.status.success(), "{}", finished.stderr);
+    let topology: Value = serde_json::from_str(&finished.stdout).context("topology's JSON")?;
+    for node in lab.nodes() {
+        let ours = topology["nodes"]
+            .as_array()
+            .and_then(|nodes| nodes.iter().find(|known| known["name"] == node.name.as_str()))
+            .with_context(|| format!("{} in {topology:#}", node.name))?;
+        let links = ip(&lab, &node.name, &["-d", "link"])?;
+        let addresses = ip(&lab, &node.name, &["address"])?;
+        for device in ours["devices"].as_array().context("devices")? {
+            let name = device["name"].as_str().context("a name")?;
+            let link = named(&links, name).with_context(|| format!("{name} in ip link"))?;
+            ensure!(device["ifindex"] == link["ifindex"] && device["mtu"] == link["mtu"], "{device:#}\n{link:#}");
+            let mut theirs: Vec<&str> = named(&addresses, name)
+                .and_then(|link| link["addr_info"].as_array())
+                .into_iter()
+                .flatten()
+                .filter_map(|address| address["local"].as_str())
+                .collect();
+            theirs.sort_unstable();
+            let mut mine: Vec<&str> =
+                device["addresses"].as_array().context("addresses")?.iter().filter_map(Value::as_str).collect();
+            mine.sort_unstable();
+            ensure!(mine == theirs, "{name}: {mine:?}, ip says {theirs:?}");
+        }
+        let routes = ip(&lab, &node.name, &["-4", "route"])?;
+        for route in routes.as_array().context("routes")? {
+            let wanted = route["dst"].as_str().context("dst")?;
+            if route["protocol"] == "kernel" {
+                continue;
+            }
+            let wanted = match wanted {
+                "default" => "0.0.0.0/0".to_owned(),
+                single if !single.contains('/') => format!("{single}/32"),
+                prefix => prefix.to_owned(),
+            };
+            let found = ours["routes"]
+                .as_array()
+                .and_then(|ours| ours.iter().find(|ours| ours["prefix"] == wanted.as_str()))
+                .with_context(|| format!("{wanted} in {:#}", ours["routes"]))?;
+            ensure!(
+                found["gateway"].as_str() == route["gateway"].as_str()
+                    && found["device"].as_str() == route["dev"].as_str(),
+                "{found:#}\n{route:#}"
+            );
+        }
+        let block = node.block.to_string();
+        ensure!(ours["blocks"].as_array().is_some_and(|blocks| blocks.iter().any(|known| *known == block.as_str())));
+        for pod in lab.pods().iter().filter(|pod| pod.node == node.name) {
+            let known = ours["pods"]
+                .as_array()
+                .and_then(|pods| pods.iter().find(|known| known["name"] == pod.full_name().as_str()))
+                .with_context(|| format!("{} in {:#}", pod.full_name(), ours["pods"]))?;
+            ensure!(known["interface"] == pod.interface.as_str(), "{known:#}");
+            ensure!(
+                known["addresses"].as_array().is_some_and(|all| all.contains(&pod.address.to_string().into())),
+                "{known:#}"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn ip(lab: &Lab, node: &str, words: &[&str]) -> Result<Value> {
+    let output = lab.exec(node, &[&["ip", "-j"], words].concat())?.output().context("run ip")?;
+    serde_json::from_slice(&output.stdout).with_context(|| format!("ip -j {words:?}"))
+}
+
+fn named<'a>(list: &'a Value, name: &str) -> Option<&'a Value> {
+    list.as_array()?.iter().find(|link| link["ifname"] == name)
+}
+
+fn expected_path() -> Result<()> {
+    for order in [DeviceOrder::TunnelFirst, DeviceOrder::UplinkFirst] {
+        let lab = Lab::up(&Options { order, ..Options::default() })?;
+        let finished = run(&with(&lab, &["topology", "-o", "json"]))?;
+        let topology: Value = serde_json::from_str(&finished.stdout).context("topology's JSON")?;
+        for (from, to) in [("pod1", "pod2"), ("pod2", "pod1"), ("pod1", "pod3")] {
+            let (from_pod, to_pod) = (lab.pod(from)?, lab.pod(to)?);
+            let said = lab.traceroute(from, to_pod.ip(), Kind::Udp, &[])?.path();
+            let path = topology["paths"]
+                .as_array()
+                .and_then(|paths| {
+                    paths.iter().find(|path| {
+                        path["from"] == from_pod.full_name().as_str() && path["to"] == to_pod.full_name().as_str()
+                    })
+                })
+                .with_context(|| format!("{from} to {to} in {:#}", topology["paths"]))?;
+            let ours: Vec<&str> = path["hops"]
+                .as_array()
+                .context("hops")?
+                .iter()
+                .map(|hop| hop["address"].as_str().unwrap_or("*"))
+                .collect();
+            ensure!(ours == said, "{order:?} {from} to {to}: {ours:?}, traceroute {said:?}");
+        }
+    }
+    Ok(())
+}
+
+fn doctor() -> Result<()> {
+    let lab = Lab::up(&Options::default())?;
+    let well = run(&with(&lab, &["doctor"]))?;
+    ensure!(well.status.success(), "{well:?}");
+    let has_kprobes = std::fs::read_to_string("/proc/kallsyms")
+        .context("read the kernel's symbols")?
+        .lines()
+        .any(|line| line.ends_with(" register_kprobe"));
+    if !has_kprobes {
+        for what in ["kprobes", "fentry", "ipip"] {
+            let line = well.stdout.lines().find(|line| line.contains(what));
+            ensure!(line.is_some_and(|line| line.contains('✗')), "{what} is missing here: {}", well.stdout);
+        }
+    }
+    ensure!(!well.stdout.contains("default route"), "{}", well.stdout);
+    lab.delete_default_route("minikube")?;
+    let ill = run(&with(&lab, &["doctor"]))?;
+    let line = ill.stdout.lines().find(|line| line.contains("default route")).with_context(|| ill.stdout.clone())?;
+    ensure!(line.contains("minikube") && line.contains('✗'), "{line}");
+    Ok(())
+}
