@@ -14,6 +14,8 @@ mod ledger;
 mod nat;
 mod open;
 mod order;
+#[cfg(test)]
+mod properties;
 mod timers;
 mod topology;
 mod trace;

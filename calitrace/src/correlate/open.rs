@@ -365,6 +365,15 @@ impl OpenTraces {
             .map_or(&[], |bucket| bucket.as_slice())
     }
 
+    /// Whether all indexes are empty, as they must be when nothing is open.
+    #[cfg(test)]
+    pub(super) fn is_clean(&self) -> bool {
+        self.skbs.is_empty()
+            && self.content.is_empty()
+            && self.streams.is_empty()
+            && self.references.is_empty()
+    }
+
     /// Everything that is open, in order of its beginning.
     pub(super) fn all(&self) -> Vec<u32> {
         let mut all: Vec<u32> = (0..u32::try_from(self.slots.len()).unwrap_or(u32::MAX))
