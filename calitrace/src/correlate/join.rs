@@ -12,7 +12,7 @@ use super::{
     timers::MILLISECOND,
     topology::{NO_CLUSTER, Place, Topology},
 };
-use crate::event::{Flow, Hook, Observation};
+use crate::event::{Flow, Hook, Netns, Observation};
 
 /// An `sk_buff`'s address says nothing any more after this long without a sighting.
 const LIFE: u64 = 1000 * MILLISECOND;
@@ -152,22 +152,49 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
     }
 }
 
-/// Namespaces that are no node's (the bridge between nodes, a container's) see packets of any cluster. A packet that
-/// could be of two clusters is of none.
+/// Drops in a namespace that is no node's (a pod that is not known yet, the bridge between nodes), or whose device is
+/// already forgotten (TCP and UDP do that on receipt). A packet that could be of two clusters is of none.
 fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: &mut Joined) {
-    for cluster in topology.clusters() {
-        let mut found = Joined::new();
-        if sight.part.is_stream() {
-            by_interval(sight, open, *cluster, &sight.flow, &mut found);
-        } else {
-            found.extend(by_content(sight, open, *cluster));
+    let skb = sight.observation.skb;
+    let same = |node| {
+        open.by_skb(node, skb)
+            .filter(|index| is_dropped(sight, open.get(*index), node))
+    };
+    joined.extend(topology.nodes().filter_map(same));
+    if joined.is_empty() {
+        for cluster in topology.clusters() {
+            if sight.part.is_stream() {
+                by_interval(sight, open, *cluster, &sight.flow, joined);
+            } else {
+                joined.extend(by_content(sight, open, *cluster));
+            }
         }
-        if !found.is_empty() && !joined.is_empty() {
-            joined.clear();
-            return;
-        }
-        joined.extend(found);
     }
+    let cluster = joined.first().map(|index| open.get(*index).cluster);
+    if joined
+        .iter()
+        .any(|index| Some(open.get(*index).cluster) != cluster)
+    {
+        joined.clear();
+    }
+}
+
+/// Whether the drop of an `sk_buff` that was last seen on `node` is a drop of the trace's packet.
+fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
+    let observation = sight.observation;
+    let last = trace.last_of(sight.part.interval());
+    let life = if matches!(last.hook, Hook::WorkloadEgress | Hook::UplinkEgress) {
+        LATE_DROP
+    } else {
+        LIFE
+    };
+    last.node == node
+        && last.hook != Hook::KfreeSkb
+        && observation.hook == Hook::KfreeSkb
+        && observation.time <= last.time + life
+        && observation.packet.ttl <= last.ttl
+        && trace.current == sight.flow
+        && trace.part.matches(&sight.part, false)
 }
 
 /// Whether what has the same content can be the same packet.

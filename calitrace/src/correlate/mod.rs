@@ -23,10 +23,10 @@ mod verdict;
 
 use join::Sight;
 use nat::Translations;
-use open::{Answered, Id, Open, OpenTraces, Reached};
+use open::{Answered, Id, Open, OpenTraces, Reached, Seen};
 use order::Order;
 use timers::{Hold, Timers};
-use topology::{Next, Topology};
+use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
     Answer, AnswerKind, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep, PacketTrace,
     SightedEncap, Sighting, Verdict,
@@ -137,8 +137,22 @@ impl Correlator {
         }
         for index in joined {
             self.translate(index, &sight);
-            self.open.append(index, sight.seen());
+            let mut seen = sight.seen();
+            if sight.place.cluster == NO_CLUSTER {
+                self.adopt(index, &mut seen);
+            }
+            self.open.append(index, seen);
             self.settle(index, &sight);
+        }
+    }
+
+    /// A drop whose place is not known was where its packet was last seen.
+    fn adopt(&self, index: u32, seen: &mut Seen) {
+        let trace = self.open.get(index);
+        let last = trace.last_of(seen.interval);
+        if seen.netns == 0 {
+            seen.node = last.node;
+            seen.in_pod = trace.reached == Reached::Pod;
         }
     }
 
@@ -220,7 +234,7 @@ impl Correlator {
                 let Some(drop) = &sight.observation.drop else {
                     return;
                 };
-                let received = last.in_pod || trace.reached == Reached::Node;
+                let received = last.in_pod || matches!(trace.reached, Reached::Pod | Reached::Node);
                 if !(received && verdict::is_ordinary(&trace.part, drop)) {
                     trace.drop = Some(Box::new((drop.clone(), at)));
                     self.open.conceal(index);

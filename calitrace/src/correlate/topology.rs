@@ -223,6 +223,11 @@ impl Topology {
         &self.clusters
     }
 
+    /// All nodes.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = Netns> {
+        self.nodes.keys().copied()
+    }
+
     /// The node's name.
     pub(super) fn name(&self, node: Netns) -> Option<&String> {
         self.nodes.get(&node)?.name.as_ref()
@@ -278,11 +283,13 @@ impl Topology {
                 .is_none_or(|route| route.ifindex.is_none_or(|to| to == ifindex))
     }
 
-    /// Whether `node` itself has `address`.
+    /// Whether `node` itself has `address`, or it never leaves a link, so that the node at its end is meant.
     pub(super) fn is_own(&self, node: Netns, address: IpAddr) -> bool {
-        self.node_addresses
-            .get(&address)
-            .is_some_and(|owners| owners.contains(&node))
+        is_link_scope(address)
+            || self
+                .node_addresses
+                .get(&address)
+                .is_some_and(|owners| owners.contains(&node))
     }
 
     /// The node of `cluster` that has `address`.
@@ -391,5 +398,13 @@ impl Topology {
             Some(clock) => clock.realtime.wrapping_add(time).wrapping_sub(clock.time),
             None => time,
         }
+    }
+}
+
+/// Whether packets to (or from) the address are never forwarded: RFC 4291 2.5.6 and 2.7, RFC 5771 4, RFC 919 7.
+fn is_link_scope(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_broadcast() || v4.octets()[..3] == [224, 0, 0],
+        IpAddr::V6(v6) => v6.is_unicast_link_local() || (v6.is_multicast() && v6.octets()[1] & 0xf <= 2),
     }
 }
