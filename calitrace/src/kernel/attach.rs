@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Error, Result};
 use aya::programs::{
-    LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-    tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError},
+    Link as _, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+    tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
 };
 use calitrace_ebpf::{Direction, Hook};
 
@@ -54,7 +54,7 @@ pub(super) struct Attachments {
 struct Attachment {
     netns: netns::Handle,
     ifname: String,
-    link: SchedClassifierLinkId,
+    link: SchedClassifierLink,
     tcx: bool,
 }
 
@@ -76,12 +76,21 @@ impl Kernel {
         }
         let try_tcx = self.config.tcx && self.attachments.tcx != Some(false);
         let tcx_known = self.attachments.tcx == Some(true);
+        let handle = clsact::handle(self.number, hook);
         let instance = self.instance(netns.inode())?;
         // Before the first packet: it must not be counted elsewhere.
         instance.open_slot(netns.inode(), 0, Hook::KfreeSkb)?;
         instance.open_slot(netns.inode(), ifindex, hook)?;
         let classifier = instance.classifier(hook)?;
-        let attached = netns.run(|| attach(classifier, ifname, ifindex, hook, try_tcx, tcx_known));
+        let target = Target {
+            ifname,
+            ifindex,
+            hook,
+            handle,
+            try_tcx,
+            tcx_known,
+        };
+        let attached = netns.run(|| attach(classifier, &target));
         match attached {
             Ok(Some(done)) => {
                 if done.tcx {
@@ -131,20 +140,18 @@ impl Kernel {
         } else {
             None
         };
-        let instance = self.instance(netns)?;
         let Attachment {
             netns: handle,
             ifname,
             link,
             tcx,
         } = attachment;
-        let classifier = instance.classifier(hook)?;
         let detached = if tcx {
-            classifier.detach(link).map_err(Error::new)
+            link.detach().map_err(Error::new)
         } else {
             handle.run(|| {
-                match classifier.detach(link) {
-                    Err(error) if gone(&error) => return Ok(()),
+                match link.detach() {
+                    Err(error) if gone(&error) || taken_away(&error) => return Ok(()),
                     done => done?,
                 }
                 if qdisc.is_some() {
@@ -191,6 +198,7 @@ impl Kernel {
         let id = program.info().context("ask for the program's id")?.id();
         let ifname = &attachment.ifname;
         let direction = direction(hook);
+        let handle = clsact::handle(self.number, hook);
         attachment.netns.run(|| {
             if ifindex_of(ifname) != Some(ifindex) {
                 return Ok(AttachmentCheck::Gone);
@@ -201,9 +209,9 @@ impl Kernel {
                 let at = programs.iter().position(|program| program.id() == id);
                 at.map(|at| (at, programs.len()))
             } else {
-                let names = clsact::names(ifindex, direction)?;
-                let at = names.iter().position(|name| name == hooks::row(hook).program);
-                at.map(|at| (at, names.len()))
+                let filters = clsact::filters(ifindex, direction)?;
+                let at = filters.iter().position(|filter| filter.handle == handle);
+                at.map(|at| (at, filters.len()))
             };
             Ok(match (place, hook.direction()) {
                 (None, _) => AttachmentCheck::Lost,
@@ -233,33 +241,45 @@ impl Drop for Kernel {
 }
 
 struct Done {
-    link: SchedClassifierLinkId,
+    link: SchedClassifierLink,
     tcx: bool,
     added_qdisc: bool,
 }
 
-/// Attaches in the calling thread's namespace; `None` if the interface is gone.
-fn attach(
-    classifier: &mut SchedClassifier,
-    ifname: &str,
+/// What to attach to, and how.
+struct Target<'a> {
+    ifname: &'a str,
     ifindex: u32,
     hook: Hook,
+    /// Handle of a clsact filter.
+    handle: u32,
     try_tcx: bool,
+    /// TCX has worked before, so that an error does not mean that the kernel lacks it.
     tcx_known: bool,
-) -> Result<Option<Done>> {
+}
+
+/// Attaches in the calling thread's namespace; `None` if the interface is gone.
+fn attach(classifier: &mut SchedClassifier, target: &Target<'_>) -> Result<Option<Done>> {
+    let &Target {
+        ifname,
+        ifindex,
+        hook,
+        ..
+    } = target;
     if ifindex_of(ifname) != Some(ifindex) {
         return Ok(None);
     }
     let ingress = hook.direction() == Direction::Ingress;
     let direction = direction(hook);
-    if try_tcx {
+    if target.try_tcx {
         let order = if ingress {
             LinkOrder::first()
         } else {
             LinkOrder::last()
         };
         match classifier.attach_with_options(ifname, direction, TcAttachOptions::TcxOrder(order)) {
-            Ok(link) => {
+            Ok(id) => {
+                let link = classifier.take_link(id).context("keep the TCX link")?;
                 return Ok(Some(Done {
                     link,
                     tcx: true,
@@ -268,25 +288,29 @@ fn attach(
             }
             Err(error) if gone(&error) => return Ok(None),
             // Before 6.6, and without CONFIG_NET_XGRESS.
-            Err(error) if !tcx_known && unsupported(&error) => {
+            Err(error) if !target.tcx_known && unsupported(&error) => {
                 log::debug!("no TCX on this kernel ({error}): clsact instead");
             }
             Err(error) => return Err(error).context("attach by TCX"),
         }
     }
-    clsact::sweep(ifname, ifindex)?;
+    clsact::sweep(ifindex)?;
     let added_qdisc = clsact::add(ifname)?;
-    let priority = if ingress { FIRST_PRIORITY } else { LAST_PRIORITY };
-    let options = TcAttachOptions::Netlink(NlOptions {
-        priority,
-        ..NlOptions::default()
-    });
-    match classifier.attach_with_options(ifname, direction, options) {
-        Ok(link) => Ok(Some(Done {
-            link,
-            tcx: false,
-            added_qdisc,
-        })),
+    let options = NlOptions {
+        priority: if ingress { FIRST_PRIORITY } else { LAST_PRIORITY },
+        handle: TcHandle::from(target.handle),
+        classid: None,
+    };
+    match classifier.attach_with_options(ifname, direction, TcAttachOptions::Netlink(options)) {
+        // aya tells filters apart by interface index, which is not enough for several namespaces.
+        Ok(id) => {
+            let link = classifier.take_link(id).context("keep the clsact filter")?;
+            Ok(Some(Done {
+                link,
+                tcx: false,
+                added_qdisc,
+            }))
+        }
         Err(error) if gone(&error) => Ok(None),
         Err(error) => {
             if added_qdisc {
@@ -321,6 +345,11 @@ fn errno(error: &ProgramError) -> Option<i32> {
 fn gone(error: &ProgramError) -> bool {
     matches!(error, ProgramError::UnknownInterface { .. })
         || matches!(errno(error), Some(libc::ENODEV | libc::ENXIO))
+}
+
+/// Whether an error says that a clsact filter, or its qdisc, is there no more.
+fn taken_away(error: &ProgramError) -> bool {
+    matches!(errno(error), Some(libc::ENOENT | libc::EINVAL))
 }
 
 /// Whether an error says that the kernel has no TCX.

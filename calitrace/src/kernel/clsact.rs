@@ -4,8 +4,11 @@
 //! A filter outlives the process that added it, and a qdisc is shared with everybody who uses TC: one that we did not
 //! add, or that has others' filters, is left alone.
 
+use std::path::Path;
+
 use anyhow::{Context as _, Result, bail};
 use aya::programs::{TcAttachType, tc};
+use calitrace_ebpf::Hook;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -27,9 +30,10 @@ pub(super) fn add(ifname: &str) -> Result<bool> {
 
 /// Takes the qdisc away if no filters are left on it.
 pub(super) fn remove_if_empty(ifindex: u32) -> Result<()> {
-    if !names(ifindex, TcAttachType::Ingress)?.is_empty() || !names(ifindex, TcAttachType::Egress)?.is_empty()
-    {
-        return Ok(());
+    for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+        if !filters(ifindex, direction)?.is_empty() {
+            return Ok(());
+        }
     }
     let mut message = message(ifindex)?;
     message.header.handle = TcHandle {
@@ -45,8 +49,19 @@ pub(super) fn remove_if_empty(ifindex: u32) -> Result<()> {
     .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
 }
 
-/// Names of the bpf filters in one direction, in the order they run in; an empty one for filters of other kinds.
-pub(super) fn names(ifindex: u32, direction: TcAttachType) -> Result<Vec<String>> {
+/// A filter on a clsact qdisc.
+pub(super) struct Filter {
+    /// Name of a bpf filter; empty for one of another kind.
+    name: String,
+    /// Its number among those of its priority.
+    pub(super) handle: u32,
+    /// Priority in the upper half, protocol in the lower.
+    info: u32,
+    parent: TcHandle,
+}
+
+/// The filters in one direction, in the order they run in.
+pub(super) fn filters(ifindex: u32, direction: TcAttachType) -> Result<Vec<Filter>> {
     let mut message = message(ifindex)?;
     message.header.parent = TcHandle {
         major: TcHandle::CLSACT.major,
@@ -55,6 +70,7 @@ pub(super) fn names(ifindex: u32, direction: TcAttachType) -> Result<Vec<String>
             _ => TcHandle::MIN_INGRESS,
         },
     };
+    let parent = message.header.parent;
     let mut found = Vec::new();
     request(
         RouteNetlinkMessage::GetTrafficFilter(message),
@@ -64,7 +80,12 @@ pub(super) fn names(ifindex: u32, direction: TcAttachType) -> Result<Vec<String>
             // A classifier is announced once without a handle before its filters.
             && filter.header.handle != TcHandle::UNSPEC
             {
-                found.push(bpf_name(&filter.attributes));
+                found.push(Filter {
+                    name: bpf_name(&filter.attributes),
+                    handle: filter.header.handle.into(),
+                    info: filter.header.info,
+                    parent,
+                });
             }
         },
     )
@@ -72,25 +93,42 @@ pub(super) fn names(ifindex: u32, direction: TcAttachType) -> Result<Vec<String>
     Ok(found)
 }
 
-/// Takes away filters that an earlier run left when it was killed: those that carry our programs' names.
-pub(super) fn sweep(ifname: &str, ifindex: u32) -> Result<()> {
+/// Process ids have at most 22 bits (`PID_MAX_LIMIT`, include/linux/threads.h), handles 31.
+const PID_BITS: u32 = 22;
+
+/// A handle for a hook's filters of the `number`th loading in this process: who finds a filter later can tell whether
+/// its owner is still alive.
+pub(super) fn handle(number: u32, hook: Hook) -> u32 {
+    ((number << 3 | hook as u32) << PID_BITS | std::process::id()) & 0x7fff_ffff
+}
+
+const _: () = assert!(
+    Hook::ALL.len() <= 8,
+    "a hook's number takes three bits of a handle"
+);
+
+/// Takes away filters that an earlier run left when it was killed: those that carry our programs' names and a handle
+/// with the id of a process that is gone.
+pub(super) fn sweep(ifindex: u32) -> Result<()> {
     let mut swept = false;
     for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        for name in names(ifindex, direction)? {
-            if hooks::TABLE.iter().any(|row| row.program == name) {
+        for filter in filters(ifindex, direction)? {
+            let ours = hooks::TABLE.iter().any(|row| row.program == filter.name);
+            let owner = filter.handle & ((1 << PID_BITS) - 1);
+            if ours && !Path::new("/proc").join(owner.to_string()).exists() {
+                let mut message = message(ifindex)?;
+                message.header.handle = filter.handle.into();
+                message.header.parent = filter.parent;
+                message.header.info = filter.info;
+                request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK, |_| ()).with_context(
+                    || format!("remove the TC filter {} of interface {ifindex}", filter.name),
+                )?;
                 swept = true;
-                match tc::qdisc_detach_program(ifname, direction, &name) {
-                    Err(tc::TcError::IoError(error)) if error.kind() == std::io::ErrorKind::NotFound => {}
-                    done => done.with_context(|| format!("remove the TC filter {name} of {ifname}"))?,
-                }
             }
         }
     }
-    if swept {
-        // The qdisc was ours, too, if nothing else is on it.
-        remove_if_empty(ifindex)?;
-    }
-    Ok(())
+    // The qdisc was ours, too, if nothing else is on it.
+    if swept { remove_if_empty(ifindex) } else { Ok(()) }
 }
 
 fn bpf_name(attributes: &[TcAttribute]) -> String {

@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     fs,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use anyhow::{Result, bail};
@@ -24,6 +27,9 @@ use crate::event::{HookStatus, Netns};
 
 /// The kernel's own description of its types.
 const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// How many times programs were loaded in this process.
+static LOADED: AtomicU32 = AtomicU32::new(0);
 
 /// How to load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +68,8 @@ pub struct Kernel {
     pub(super) scope: BTreeSet<IpNet>,
     pub(super) missing: BTreeMap<Hook, String>,
     pub(super) rings: Arc<Rings>,
+    /// Which loading in this process it is.
+    pub(super) number: u32,
     has_btf: bool,
     ring_taken: bool,
     names: Names,
@@ -69,7 +77,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Loads the programs. Fails with [`super::NotPermitted`] in the error chain where privileges are missing.
+    /// Loads the programs. Fails with [`crate::error::NoPermission`] in the error chain where privileges are missing.
     pub fn load(config: &Config) -> Result<Self> {
         permission::check("load eBPF programs")?;
         if !config.ring_bytes.is_power_of_two() || config.ring_bytes < 4096 {
@@ -106,6 +114,7 @@ impl Kernel {
             rings: Arc::new(Rings {
                 arriving: Mutex::new(Vec::new()),
             }),
+            number: LOADED.fetch_add(1, Ordering::Relaxed),
             has_btf: btf.is_ok(),
             ring_taken: false,
             names,

@@ -3,6 +3,7 @@
 
 mod attach;
 pub mod btf;
+mod capabilities;
 mod clsact;
 mod counters;
 pub mod hooks;
@@ -16,8 +17,9 @@ mod ring;
 mod symbols;
 
 pub use attach::{Attached, AttachmentCheck};
+pub use capabilities::{Capability, capabilities};
 pub use counters::Count;
 pub use load::{Config, Kernel};
 pub use names::Names;
-pub use permission::{NotPermitted, check as check_permission};
+pub use permission::check as check_permission;
 pub use ring::{Batch, Drain, Dropped, Ring};

@@ -1,6 +1,6 @@
-//! Permission to load programs: what is missing, as an error that callers can tell from others.
+//! Permission to load programs: which capabilities are missing.
 
-use std::{fmt, fs, io};
+use std::{fs, io};
 
 use aya::{
     EbpfError,
@@ -9,36 +9,7 @@ use aya::{
     sys::SyscallError,
 };
 
-/// The process may not do what tracing takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NotPermitted {
-    /// Names of the capabilities that are missing; empty if it has them all and the kernel refused nevertheless.
-    pub missing: Vec<&'static str>,
-    /// What was refused, where something was tried.
-    pub operation: String,
-}
-
-impl fmt::Display for NotPermitted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.missing.is_empty() {
-            write!(
-                f,
-                "the kernel does not permit it to {} although all capabilities are there \
-                 (kernel lockdown, a seccomp filter or a user namespace?)",
-                self.operation
-            )
-        } else {
-            write!(
-                f,
-                "no permission to {}: {} missing; run it as root (sudo calitrace …)",
-                self.operation,
-                self.missing.join(", ")
-            )
-        }
-    }
-}
-
-impl std::error::Error for NotPermitted {}
+use crate::error::NoPermission;
 
 /// Bits of a capability set (include/uapi/linux/capability.h).
 const NET_ADMIN: u32 = 12;
@@ -48,15 +19,29 @@ const BPF: u32 = 39;
 
 /// Fails if a capability is missing that tracing needs: `CAP_BPF` and `CAP_PERFMON` (or `CAP_SYS_ADMIN` in their
 /// place) for the programs, `CAP_NET_ADMIN` to attach them, `CAP_SYS_ADMIN` to enter network namespaces.
-pub fn check(operation: &str) -> Result<(), NotPermitted> {
+pub fn check(operation: &str) -> Result<(), NoPermission> {
     let missing = missing(effective().unwrap_or(u64::MAX));
     if missing.is_empty() {
-        return Ok(());
+        Ok(())
+    } else {
+        Err(refusal(operation, &missing))
     }
-    Err(NotPermitted {
-        missing,
-        operation: operation.to_owned(),
-    })
+}
+
+/// The error for an operation and the capabilities that it lacks; none if the kernel refuses it nevertheless.
+fn refusal(operation: &str, missing: &[&str]) -> NoPermission {
+    let what = if missing.is_empty() {
+        format!(
+            "cannot {operation} although all capabilities are there \
+             (kernel lockdown, a seccomp filter or a user namespace?)"
+        )
+    } else {
+        format!(
+            "to {operation} it takes {} (run it as root: sudo calitrace …)",
+            missing.join(", ")
+        )
+    };
+    NoPermission { what }
 }
 
 fn missing(effective: u64) -> Vec<&'static str> {
@@ -88,16 +73,13 @@ fn parse_effective(status: &str) -> Option<u64> {
     u64::from_str_radix(digits.trim(), 16).ok()
 }
 
-/// Turns a refusal by the kernel into [`NotPermitted`]; other errors stay what they are.
+/// Turns a refusal by the kernel into [`NoPermission`]; other errors stay what they are.
 pub(super) fn explain(error: EbpfError, operation: &str) -> anyhow::Error {
     if io_error(&error).is_some_and(|io| matches!(io.raw_os_error(), Some(libc::EPERM | libc::EACCES))) {
         let missing = missing(effective().unwrap_or(u64::MAX));
         // EACCES is also what the verifier answers to a program it refuses: then its log says why.
         if !missing.is_empty() || !verifier_spoke(&error) {
-            return anyhow::Error::new(error).context(NotPermitted {
-                missing,
-                operation: operation.to_owned(),
-            });
+            return anyhow::Error::new(error).context(refusal(operation, &missing));
         }
     }
     anyhow::Error::new(error).context(format!("cannot {operation}"))
@@ -167,13 +149,10 @@ mod tests {
 
     #[test]
     fn the_message_says_what_to_do() {
-        let error = NotPermitted {
-            missing: vec!["CAP_NET_ADMIN"],
-            operation: "load eBPF programs".into(),
-        };
         assert_eq!(
-            error.to_string(),
-            "no permission to load eBPF programs: CAP_NET_ADMIN missing; run it as root (sudo calitrace …)"
+            refusal("load eBPF programs", &["CAP_BPF", "CAP_NET_ADMIN"]).to_string(),
+            "no permission: to load eBPF programs it takes CAP_BPF, CAP_NET_ADMIN \
+             (run it as root: sudo calitrace …)"
         );
     }
 }

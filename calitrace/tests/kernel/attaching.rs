@@ -1,1 +1,441 @@
+//! Attaching, detaching, counting, and that nothing stays behind.
 
+use std::{
+    io::{BufRead as _, BufReader},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use aya::programs::{SchedClassifier, TcAttachType, loaded_programs};
+use calitrace::{
+    event::Hook,
+    kernel::{Attached, AttachmentCheck, Config, Count, Kernel},
+};
+
+use crate::net::{DEVICE, End, LEFT, Net, RIGHT, Watch, patience, root, run};
+
+/// Names of the TCX programs on an end's device.
+fn programs(end: &End) -> Vec<String> {
+    end.ns
+        .run(|| {
+            let mut names = Vec::new();
+            for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+                let (_, programs) = SchedClassifier::query_tcx(DEVICE, direction)?;
+                names.extend(
+                    programs
+                        .iter()
+                        .map(|program| program.name_as_str().unwrap().to_owned()),
+                );
+            }
+            Ok(names)
+        })
+        .unwrap()
+}
+
+fn counts(kernel: &Kernel, end: &End, hook: Hook) -> Count {
+    let counts = kernel.counters().unwrap();
+    *counts
+        .iter()
+        .find(|count| (count.netns, count.ifindex, count.hook) == (end.ns.inode(), end.ifindex, hook))
+        .unwrap_or_else(|| panic!("{hook:?} in {counts:#?}"))
+}
+
+fn adds_up(count: &Count) {
+    let counters = count.counters;
+    assert_eq!(
+        counters.seen,
+        counters.non_ip + counters.out_of_scope + counters.ring_refused + counters.recorded,
+        "{count:?}"
+    );
+}
+
+#[test]
+fn nothing_is_left_after_detaching() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut watch = Watch::left_to_right(&net);
+    // The kernel cuts names to 15 bytes.
+    assert_eq!(programs(&net.left), ["calitrace_workl"]);
+    assert_eq!(programs(&net.right), ["calitrace_workl"]);
+    watch.finish();
+    assert_eq!(programs(&net.left), Vec::<String>::new());
+    assert_eq!(programs(&net.right), Vec::<String>::new());
+}
+
+#[test]
+fn counts_survive_detaching_and_slots_are_used_again() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut watch = Watch::new(&Config::default());
+    watch
+        .kernel
+        .set_scope(&["10.99.0.2/32".parse().unwrap()])
+        .unwrap();
+    let from = net.left.udp(LEFT, 0);
+    let _to = net.right.udp(RIGHT, 7200);
+    net.left.exec(&format!("ping -q -c 1 -W 10 {RIGHT}"));
+    let mut sent = 0;
+    for round in 0..3 {
+        watch.attach(&net.left, Hook::UplinkEgress);
+        for _ in 0..10 {
+            from.send_to(b"counted", (RIGHT, 7200)).unwrap();
+            sent += 1;
+        }
+        // Out of scope: its destination is no address of anybody.
+        from.send_to(b"elsewhere", ("10.99.0.200", 7201)).unwrap();
+        watch
+            .kernel
+            .detach_tc(net.left.ns.inode(), net.left.ifindex, Hook::UplinkEgress)
+            .unwrap();
+        from.send_to(b"not seen", (RIGHT, 7200)).unwrap();
+        let count = counts(&watch.kernel, &net.left, Hook::UplinkEgress);
+        adds_up(&count);
+        assert!(count.counters.recorded >= sent, "round {round}: {count:?}");
+    }
+    let seen = watch.finish();
+    let count = counts(&watch.kernel, &net.left, Hook::UplinkEgress);
+    assert_eq!(count.counters.recorded, u64::try_from(seen.len()).unwrap());
+    assert_eq!(
+        seen.iter().filter(|seen| seen.packet.length == 28 + 7).count(),
+        usize::try_from(sent).unwrap(),
+        "each datagram sent while attached, and no other"
+    );
+}
+
+#[test]
+fn traffic_out_of_scope_is_counted_only() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut watch = Watch::new(&Config::default());
+    watch
+        .kernel
+        .set_scope(&["10.77.0.0/16".parse().unwrap()])
+        .unwrap();
+    watch.attach(&net.left, Hook::UplinkEgress);
+    net.left.exec(&format!("ping -q -c 3 -i 0.01 -W 10 {RIGHT}"));
+    assert_eq!(watch.finish(), []);
+    let count = counts(&watch.kernel, &net.left, Hook::UplinkEgress);
+    adds_up(&count);
+    assert!(count.counters.out_of_scope >= 3, "{count:?}");
+    assert_eq!(count.counters.recorded, 0);
+}
+
+#[test]
+fn a_full_ring_refuses_and_counts() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    // Nobody drains this ring: a page holds 30 records of 128 bytes with their headers.
+    let mut kernel = Kernel::load(&Config {
+        ring_bytes: 4096,
+        ..Config::default()
+    })
+    .unwrap();
+    let from = net.left.udp(LEFT, 0);
+    let _to = net.right.udp(RIGHT, 7202);
+    net.left.exec(&format!("ping -q -c 1 -W 10 {RIGHT}"));
+    kernel
+        .attach_tc(&net.left.ns, DEVICE, net.left.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    for _ in 0..1000 {
+        from.send_to(b"flood", (RIGHT, 7202)).unwrap();
+    }
+    kernel.detach_all().unwrap();
+    let count = counts(&kernel, &net.left, Hook::WorkloadEgress);
+    adds_up(&count);
+    assert!(count.counters.ring_refused >= 900, "{count:?}");
+    assert!(
+        count.counters.recorded + count.counters.ring_refused >= 1000,
+        "{count:?}"
+    );
+}
+
+#[test]
+fn an_interface_that_is_gone_is_no_error() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut kernel = Kernel::load(&Config::default()).unwrap();
+    let left = &net.left;
+    assert_eq!(
+        kernel
+            .attach_tc(&left.ns, "absent", 77, Hook::WorkloadEgress)
+            .unwrap(),
+        Attached::Gone
+    );
+    // Another interface has taken the name.
+    let other = kernel
+        .attach_tc(&left.ns, DEVICE, left.ifindex + 1, Hook::WorkloadEgress)
+        .unwrap();
+    assert_eq!(other, Attached::Gone);
+    kernel
+        .attach_tc(&left.ns, DEVICE, left.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    run(&format!("ip -n {} link del {DEVICE}", left.name));
+    let check = kernel
+        .check_tc(left.ns.inode(), left.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    assert_eq!(check, AttachmentCheck::Gone);
+    kernel
+        .detach_tc(left.ns.inode(), left.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    assert_eq!(kernel.attached().count(), 0);
+}
+
+#[test]
+fn another_program_in_front_is_noticed() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let right = &net.right;
+    let mut ours = Kernel::load(&Config::default()).unwrap();
+    ours.attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadIngress)
+        .unwrap();
+    ours.attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    let check = |kernel: &Kernel, hook| kernel.check_tc(right.ns.inode(), right.ifindex, hook).unwrap();
+    assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::InPlace);
+    assert_eq!(check(&ours, Hook::WorkloadEgress), AttachmentCheck::InPlace);
+
+    let mut theirs = Kernel::load(&Config::default()).unwrap();
+    theirs
+        .attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadIngress)
+        .unwrap();
+    theirs
+        .attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadEgress)
+        .unwrap();
+    assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::Displaced);
+    assert_eq!(check(&ours, Hook::WorkloadEgress), AttachmentCheck::Displaced);
+    assert_eq!(check(&theirs, Hook::WorkloadIngress), AttachmentCheck::InPlace);
+    drop(theirs);
+    assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::InPlace);
+}
+
+#[test]
+fn clsact_where_tcx_is_not_wanted() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let qdiscs = |end: &End| {
+        let output = Command::new("tc")
+            .args(["-n", &end.name, "qdisc", "show", "dev", DEVICE])
+            .output()
+            .unwrap();
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let filters = |end: &End, direction: &str| {
+        let arguments = ["-n", &end.name, "filter", "show", "dev", DEVICE, direction];
+        String::from_utf8(Command::new("tc").args(arguments).output().unwrap().stdout).unwrap()
+    };
+    // The right end has a clsact of somebody else's.
+    run(&format!("tc -n {} qdisc add dev {DEVICE} clsact", net.right.name));
+    let mut watch = Watch::new(&Config {
+        tcx: false,
+        ..Config::default()
+    });
+    watch.attach(&net.left, Hook::WorkloadEgress);
+    watch.attach(&net.left, Hook::WorkloadIngress);
+    watch.attach(&net.right, Hook::WorkloadIngress);
+    assert!(qdiscs(&net.left).contains("clsact"));
+    assert_eq!(programs(&net.left), Vec::<String>::new(), "not by TCX");
+    for hook in [Hook::WorkloadEgress, Hook::WorkloadIngress] {
+        let check = watch
+            .kernel
+            .check_tc(net.left.ns.inode(), net.left.ifindex, hook)
+            .unwrap();
+        assert_eq!(check, AttachmentCheck::InPlace);
+    }
+    net.left
+        .udp(LEFT, 0)
+        .send_to(b"by clsact", (RIGHT, 7203))
+        .unwrap();
+    let (left, right) = watch.pair(|seen| seen.packet.length == 28 + 9 && seen.packet.src == LEFT);
+    assert_eq!(left.packet, right.packet);
+
+    // Who is killed leaves filters behind; the next one takes them away.
+    let mut child = attach_in_another_process(&net.left, "clsact");
+    assert_eq!(
+        filters(&net.left, "egress")
+            .matches("calitrace_workload_egress")
+            .count(),
+        2
+    );
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(
+        filters(&net.left, "egress")
+            .matches("calitrace_workload_egress")
+            .count(),
+        2
+    );
+    watch.attach(&net.left, Hook::UplinkEgress);
+    assert_eq!(
+        filters(&net.left, "egress")
+            .matches("calitrace_workload_egress")
+            .count(),
+        1
+    );
+
+    // A filter that somebody took away is missed.
+    run(&format!(
+        "tc -n {} filter del dev {DEVICE} ingress",
+        net.right.name
+    ));
+    let check = watch
+        .kernel
+        .check_tc(net.right.ns.inode(), net.right.ifindex, Hook::WorkloadIngress)
+        .unwrap();
+    assert_eq!(check, AttachmentCheck::Lost);
+    watch.finish();
+    assert!(
+        !qdiscs(&net.left).contains("clsact"),
+        "ours is gone: {}",
+        qdiscs(&net.left)
+    );
+    assert!(
+        qdiscs(&net.right).contains("clsact"),
+        "theirs is not: {}",
+        qdiscs(&net.right)
+    );
+}
+
+#[test]
+fn without_btf_only_tc_observes_and_namespaces_are_told_apart() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    for path in [PathBuf::from("/nonexistent/btf"), empty.path().to_owned()] {
+        let mut watch = Watch::new(&Config {
+            btf: Some(path.clone()),
+            ..Config::default()
+        });
+        watch.kernel.attach_global().unwrap();
+        let [line] = watch.kernel.missing() else {
+            panic!("{:?}", watch.kernel.missing())
+        };
+        assert!(
+            line.contains(path.to_str().unwrap()) && line.contains("only TC"),
+            "{line}"
+        );
+        watch.attach(&net.left, Hook::WorkloadEgress);
+        watch.attach(&net.right, Hook::WorkloadIngress);
+        net.left.udp(LEFT, 0).send_to(b"no BTF", (RIGHT, 7204)).unwrap();
+        let (left, right) = watch.pair(|seen| seen.packet.length == 28 + 6 && seen.packet.src == LEFT);
+        assert_eq!(
+            (left.netns, right.netns),
+            (net.left.ns.inode(), net.right.ns.inode())
+        );
+        assert_eq!(left.packet, right.packet);
+        assert_eq!(left.skb, right.skb);
+        assert_eq!(left.head, 0, "where it lies is not known");
+        watch.finish();
+        adds_up(&counts(&watch.kernel, &net.left, Hook::WorkloadEgress));
+    }
+}
+
+#[test]
+fn a_ring_of_no_legal_size_is_refused() {
+    if !root() {
+        return;
+    }
+    let error = Kernel::load(&Config {
+        ring_bytes: 5000,
+        ..Config::default()
+    })
+    .err()
+    .unwrap();
+    assert!(error.to_string().contains("5000"), "{error:#}");
+}
+
+/// Not a test of its own: what `attach_in_another_process` runs.
+#[test]
+fn attach_and_wait_to_be_killed() {
+    let (Ok(namespace), Ok(ifindex)) = (
+        std::env::var("CALITRACE_TEST_NETNS"),
+        std::env::var("CALITRACE_TEST_IFINDEX"),
+    ) else {
+        return;
+    };
+    let ns = calitrace::netns::Handle::open(namespace.as_ref()).unwrap();
+    let tcx = std::env::var("CALITRACE_TEST_METHOD").unwrap() == "tcx";
+    let mut kernel = Kernel::load(&Config {
+        tcx,
+        ..Config::default()
+    })
+    .unwrap();
+    kernel.attach_global().unwrap();
+    kernel
+        .attach_tc(&ns, DEVICE, ifindex.parse().unwrap(), Hook::WorkloadEgress)
+        .unwrap();
+    println!("attached");
+    // The parent kills it; if that has died, its end of the pipe closes.
+    std::io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+/// Runs [`attach_and_wait_to_be_killed`] and returns when it has attached.
+fn attach_in_another_process(end: &End, method: &str) -> Child {
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "attaching::attach_and_wait_to_be_killed",
+            "--nocapture",
+        ])
+        .env("CALITRACE_TEST_NETNS", format!("/run/netns/{}", end.name))
+        .env("CALITRACE_TEST_IFINDEX", end.ifindex.to_string())
+        .env("CALITRACE_TEST_METHOD", method)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(
+        lines.map_while(Result::ok).any(|line| line.contains("attached")),
+        "the child failed"
+    );
+    child
+}
+
+#[test]
+fn nothing_is_left_after_a_kill() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut child = attach_in_another_process(&net.left, "tcx");
+    assert_eq!(programs(&net.left), ["calitrace_workl"]);
+    let (_, attached) = net
+        .left
+        .ns
+        .run(|| Ok(SchedClassifier::query_tcx(DEVICE, TcAttachType::Egress)?))
+        .unwrap();
+    let id = attached[0].id();
+    let loaded = |id| {
+        loaded_programs()
+            .filter_map(Result::ok)
+            .any(|program| program.id() == id)
+    };
+    assert!(loaded(id));
+    drop(attached);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(programs(&net.left), Vec::<String>::new());
+    // The kernel frees a program a moment after its last user is gone.
+    let deadline = Instant::now() + patience();
+    while loaded(id) {
+        assert!(Instant::now() < deadline, "program {id} is still loaded");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -210,6 +210,11 @@ impl Watch {
         (both.pop().unwrap(), right)
     }
 
+    /// Starts anew with what comes from here on.
+    pub(crate) fn forget(&mut self) {
+        self.seen.clear();
+    }
+
     /// Detaches, drains to the end and returns everything seen.
     pub(crate) fn finish(&mut self) -> Vec<Observation> {
         self.kernel.detach_all().unwrap();
