@@ -28,6 +28,10 @@ pub(super) enum Outcome {
 
 /// Whether one of the packet's addresses is a pod's, a block's or a service's.
 #[inline(always)]
+#[expect(
+    clippy::many_single_char_names,
+    reason = "bytes of two addresses; a slice would be bounds-checked"
+)]
 pub(super) fn in_scope(plain: &Plain) -> bool {
     if plain.flags & Flags::V6 != 0 {
         SCOPE_V6.get(Key::new(128, plain.src)).is_some() || SCOPE_V6.get(Key::new(128, plain.dst)).is_some()

@@ -1,4 +1,8 @@
 //! The TC programs: one body, one entry point a hook.
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "aya's macro hands the context over by value"
+)]
 
 use aya_ebpf::{EbpfContext as _, macros::classifier, programs::TcContext};
 use aya_log_ebpf::debug;
@@ -11,7 +15,7 @@ use super::{
 };
 
 /// "Continue with the next program": any other code would end the chain before Calico's own programs
-/// (include/net/tcx.h, net/sched/cls_bpf.c).
+/// (`include/net/tcx.h`, `net/sched/cls_bpf.c`).
 const TC_ACT_UNSPEC: i32 = -1;
 
 #[inline(always)]

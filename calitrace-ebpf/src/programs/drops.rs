@@ -12,6 +12,10 @@ use super::{
 };
 
 #[raw_tracepoint(tracepoint = "kfree_skb")]
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "aya's macro hands the context over by value"
+)]
 fn calitrace_kfree_skb(ctx: RawTracePointContext) -> i32 {
     let skb: u64 = ctx.arg(0);
     let dev = known!(skb_dev)

@@ -1,6 +1,14 @@
 //! The programs: a packet is parsed (`parse`, `transport`) through a `view` of its bytes, judged and counted
 //! (`account`), and recorded in the ring. They observe only: nothing is written, pulled or marked, and every TC
 //! program returns `TC_ACT_UNSPEC`, so that those behind it run as if it were not there.
+#![expect(
+    clippy::inline_always,
+    reason = "a BPF function takes five arguments at most and has a stack of its own; the compiler does not know"
+)]
+#![expect(
+    clippy::cast_possible_truncation,
+    reason = "the kernel hands 8 and 16 bit fields over in wide registers, and sizes of headers are small"
+)]
 
 mod account;
 mod classifier;

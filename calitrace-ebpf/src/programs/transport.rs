@@ -104,6 +104,10 @@ fn udp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
 }
 
 #[inline(always)]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "one of a family; this one always succeeds"
+)]
 fn other<V: View>(view: &V, bounds: Bounds, skip: u32, record: &mut Full) -> Option<()> {
     let plain = &mut record.plain;
     plain.digest = digest(view, bounds.transport + skip, plain.payload.saturating_sub(skip));
@@ -136,6 +140,11 @@ fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Optio
 
 /// Reads the packet that an ICMP error quotes. Leaves `record` alone if there is none.
 #[inline(always)]
+#[expect(clippy::many_single_char_names, reason = "bytes of two words")]
+#[expect(
+    clippy::verbose_bit_mask,
+    reason = "the mask is the fragment offset of RFC 791"
+)]
 fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option<()> {
     let (proto, ttl, id, length, dst, transport, first) = if v6 {
         let ip: Ipv6Hdr = view.load(offset)?;

@@ -77,14 +77,12 @@ impl View for SkbView {
 /// `tunl0` and its like at the IP header.
 #[inline(always)]
 fn network_offset(skb: *mut __sk_buff) -> Option<u32> {
-    match u32::try_from(raw_network_offset(skb)) {
-        Ok(offset) => Some(offset),
-        Err(_) => None,
-    }
+    u32::try_from(raw_network_offset(skb)).ok()
 }
 
 /// [`network_offset`], or a negative number. A function of its own, as it is rarely called from many places.
 #[inline(never)]
+#[expect(clippy::cast_ptr_alignment, reason = "probe_read copies from any address")]
 fn raw_network_offset(skb: *mut __sk_buff) -> i64 {
     if let (Some(head), Some(data), Some(header)) =
         (known!(skb_head), known!(skb_data), known!(skb_network_header))
@@ -100,7 +98,7 @@ fn raw_network_offset(skb: *mut __sk_buff) -> i64 {
         }) else {
             return -1;
         };
-        return (head + u64::from(header)).wrapping_sub(data) as i64;
+        return (head + u64::from(header)).wrapping_sub(data).cast_signed();
     }
     // Without BTF: an Ethernet header names the protocol that the skb has, at its bytes 12 and 13.
     let mut ether_type = 0_u16;
@@ -173,8 +171,8 @@ impl View for KernelView {
                 (self.network + u64::from(offset)) as *const _,
             )
         };
-        // SAFETY: the helper filled it, and any bytes make a header.
         if status == 0 {
+            // SAFETY: the helper filled it, and any bytes make a header.
             Some(unsafe { value.0.assume_init() })
         } else {
             None
@@ -197,5 +195,5 @@ pub(super) fn field<T: Copy>(base: u64, offset: usize) -> Option<T> {
 /// Whether a value can be the address of a kernel object: in the upper half and aligned to a word.
 #[inline(always)]
 pub(super) fn is_kernel_address(value: u64) -> bool {
-    (value as i64) < 0 && value & 7 == 0
+    value.cast_signed() < 0 && value.is_multiple_of(8)
 }
