@@ -167,9 +167,6 @@ struct TopologyArgs {
 struct DoctorArgs {
     #[command(flatten)]
     nodes: NodeArgs,
-    /// Type information (BTF) of the running kernel [default: /sys/kernel/btf/vmlinux]
-    #[arg(long, value_name = "FILE")]
-    btf: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -255,7 +252,6 @@ impl From<Cli> for Plan {
             }),
             Verb::Doctor(args) => plan::Command::Doctor(plan::Doctor {
                 nodes: args.nodes.into(),
-                btf: args.btf,
             }),
         };
         Self {

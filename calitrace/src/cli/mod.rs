@@ -4,6 +4,7 @@ mod args;
 pub mod exit;
 pub mod plan;
 mod read;
+mod topology;
 mod watch;
 
 use std::{
@@ -32,7 +33,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
     match plan.command {
         plan::Command::Read(plan) => read::run(&plan),
         plan::Command::Watch(plan) => watch::run(&plan),
-        plan::Command::Topology(_) | plan::Command::Doctor(_) => Ok(()),
+        plan::Command::Topology(plan) => topology::run(&plan),
+        plan::Command::Doctor(_) => Ok(()),
     }
 }
 

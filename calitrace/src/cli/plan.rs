@@ -73,8 +73,6 @@ pub struct Topology {
 pub struct Doctor {
     /// Which nodes.
     pub nodes: Nodes,
-    /// BTF of the running kernel, instead of `/sys/kernel/btf/vmlinux`.
-    pub btf: Option<PathBuf>,
 }
 
 /// Which namespaces are nodes, and which of them count.
@@ -88,6 +86,39 @@ pub struct Nodes {
     pub service_cidrs: Vec<IpNet>,
     /// What names of workload interfaces begin with.
     pub interface_prefixes: Vec<String>,
+}
+
+impl Nodes {
+    /// That there are none, as the end of a sentence.
+    #[must_use]
+    pub fn absent(&self) -> String {
+        let prefixes: Vec<String> = self
+            .interface_prefixes
+            .iter()
+            .map(|prefix| format!("{prefix}*"))
+            .collect();
+        let place = match (self.netns.as_slice(), self.names.as_slice()) {
+            ([], []) => "in any network namespace of this machine".to_owned(),
+            (netns, []) => format!("in the network namespace {}", netns.join(", ")),
+            (_, names) => format!("named {}", names.join(", ")),
+        };
+        format!(
+            "no Calico node {place} (it would have interfaces {} with routes to pods, or a tunnel device and an \
+             address block)",
+            prefixes.join(", ")
+        )
+    }
+}
+
+impl From<Nodes> for crate::calico::Options {
+    fn from(nodes: Nodes) -> Self {
+        Self {
+            interface_prefixes: nodes.interface_prefixes,
+            netns: nodes.netns,
+            nodes: nodes.names,
+            service_cidrs: nodes.service_cidrs,
+        }
+    }
 }
 
 /// What is shown, and how.
@@ -110,15 +141,4 @@ pub struct OutputFile {
     pub path: PathBuf,
     /// What is written, as its ending says.
     pub format: FileFormat,
-}
-
-impl From<Nodes> for crate::calico::Options {
-    fn from(nodes: Nodes) -> Self {
-        Self {
-            interface_prefixes: nodes.interface_prefixes,
-            netns: nodes.netns,
-            nodes: nodes.names,
-            service_cidrs: nodes.service_cidrs,
-        }
-    }
 }

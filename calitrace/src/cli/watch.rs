@@ -91,18 +91,7 @@ fn options(plan: &plan::Watch) -> live::Options {
 /// What is missing before anything can be traced, as the end of a sentence.
 fn absent(plan: &plan::Watch, nodes: &[NodeView]) -> Option<String> {
     if nodes.is_empty() {
-        let prefixes: Vec<String> =
-            plan.nodes.interface_prefixes.iter().map(|prefix| format!("{prefix}*")).collect();
-        let place = match (plan.nodes.netns.as_slice(), plan.nodes.names.as_slice()) {
-            ([], []) => "in any network namespace of this machine".to_owned(),
-            (netns, []) => format!("in the network namespace {}", netns.join(", ")),
-            (_, names) => format!("named {}", names.join(", ")),
-        };
-        return Some(format!(
-            "no Calico node {place} (it would have interfaces {} with routes to pods, or a tunnel device and an \
-             address block)",
-            prefixes.join(", ")
-        ));
+        return Some(plan.nodes.absent());
     }
     let wanted = plan.view.filter.interface.as_ref()?;
     let mut names: Vec<&str> =
