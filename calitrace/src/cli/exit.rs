@@ -8,10 +8,7 @@ use std::{
 
 use anyhow::Error;
 
-use crate::{
-    error::{NoPermission, NothingToTrace},
-    kernel::NotPermitted,
-};
+use crate::error::{NoPermission, NothingToTrace};
 
 /// What was typed makes no sense; the text is complete, with its own `error: ` and hints.
 #[derive(Debug)]
@@ -41,8 +38,7 @@ pub fn report(error: &Error) -> ExitCode {
 fn code(error: &Error) -> u8 {
     if error.downcast_ref::<Usage>().is_some() {
         2
-    } else if error.downcast_ref::<NoPermission>().is_some() || error.downcast_ref::<NotPermitted>().is_some()
-    {
+    } else if error.downcast_ref::<NoPermission>().is_some() {
         3
     } else if error.downcast_ref::<NothingToTrace>().is_some() {
         4
@@ -76,13 +72,6 @@ mod tests {
         );
         assert_eq!(code(&under_context(Usage(String::new()))), 2);
         assert_eq!(code(&under_context(NoPermission { what: "x".into() })), 3);
-        assert_eq!(
-            code(&under_context(NotPermitted {
-                missing: Vec::new(),
-                operation: "x".into()
-            })),
-            3
-        );
         assert_eq!(code(&under_context(NothingToTrace { why: "x".into() })), 4);
         assert_eq!(
             code(&under_context(io::Error::from(io::ErrorKind::BrokenPipe))),

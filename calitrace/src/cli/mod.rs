@@ -1,6 +1,7 @@
 //! The command line: what was typed becomes a [`plan::Plan`], and a plan is carried out.
 
 mod args;
+mod doctor;
 pub mod exit;
 pub mod plan;
 mod read;
@@ -34,7 +35,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         plan::Command::Read(plan) => read::run(&plan),
         plan::Command::Watch(plan) => watch::run(&plan),
         plan::Command::Topology(plan) => topology::run(&plan),
-        plan::Command::Doctor(_) => Ok(()),
+        plan::Command::Doctor(plan) => doctor::run(&plan),
     }
 }
 
