@@ -451,10 +451,14 @@ fn wait_for_links(namespace: &Namespace) -> Result<()> {
         let list = command::run(namespace.command("ip").args(["-j", "link", "show", "up"]))?;
         let links: Vec<serde_json::Value> =
             serde_json::from_slice(&list.stdout).context("ip -j link show printed something else")?;
-        let ready = links
-            .iter()
-            .all(|link| matches!(link["operstate"].as_str(), Some("UP" | "UNKNOWN")));
-        Ok(ready.then_some(()))
+        for link in links {
+            // A device that is not up is in the list as an empty object.
+            let (Some(name), Some(state)) = (link["ifname"].as_str(), link["operstate"].as_str()) else {
+                continue;
+            };
+            ensure!(matches!(state, "UP" | "UNKNOWN"), "{name} is {state}");
+        }
+        Ok(Some(()))
     })
 }
 
