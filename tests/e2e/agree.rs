@@ -10,8 +10,14 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("real_traffic_is_traced_before_any_traceroute_ran", real_traffic_first),
-    ("every_traceroute_in_every_mode_prints_what_calitrace_prints", every_traceroute),
+    (
+        "real_traffic_is_traced_before_any_traceroute_ran",
+        real_traffic_first,
+    ),
+    (
+        "every_traceroute_in_every_mode_prints_what_calitrace_prints",
+        every_traceroute,
+    ),
 ];
 
 const ORDERS: [DeviceOrder; 2] = [DeviceOrder::TunnelFirst, DeviceOrder::UplinkFirst];
@@ -20,7 +26,11 @@ const MODES: [Encapsulation; 2] = [Encapsulation::Vxlan, Encapsulation::None];
 /// Ping, HTTP and UDP are traced while no time exceeded can reach anybody; the log is closed; only then traceroute runs.
 fn real_traffic_first() -> Result<()> {
     for order in ORDERS {
-        let lab = Lab::up(&Options { order, encapsulation: Encapsulation::Vxlan, ..Options::default() })?;
+        let lab = Lab::up(&Options {
+            order,
+            encapsulation: Encapsulation::Vxlan,
+            ..Options::default()
+        })?;
         let folder = tempfile::tempdir().context("make a folder for the log")?;
         let log = folder.path().join("real.jsonl");
         let log = log.to_str().context("a path in UTF-8")?;
@@ -41,11 +51,16 @@ fn real_traffic_first() -> Result<()> {
 
 /// Again, with the address of a tunnel changed while watching.
 fn the_tunnel_gets_another_address() -> Result<()> {
-    let lab = Lab::up(&Options { encapsulation: Encapsulation::Vxlan, ..Options::default() })?;
+    let lab = Lab::up(&Options {
+        encapsulation: Encapsulation::Vxlan,
+        ..Options::default()
+    })?;
     lab.block_time_exceeded(true)?;
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
     real_traffic(&lab)?;
-    watch.until("the packets before the change", |watch| !watch.packets().is_empty())?;
+    watch.until("the packets before the change", |watch| {
+        !watch.packets().is_empty()
+    })?;
     lab.set_tunnel_address("minikube-m02", "10.244.205.250".parse()?)?;
     // The change is noticed through netlink and settles within some ten milliseconds; then all packets show it.
     let receiver = lab.pod("pod2")?.ip().to_string();
@@ -53,7 +68,8 @@ fn the_tunnel_gets_another_address() -> Result<()> {
         packet["flow"]["dst"] == receiver && path(packet).get(1).map(String::as_str) == Some("10.244.205.250")
     };
     watch.until("the new address in a trace", |watch| {
-        lab.ping("pod1", lab.pod("pod2").expect("the lab has it").ip(), 1, &[]).is_ok()
+        lab.ping("pod1", lab.pod("pod2").expect("the lab has it").ip(), 1, &[])
+            .is_ok()
             && watch.packets().iter().any(fresh)
     })?;
     let before = watch.packets().len();
@@ -61,7 +77,12 @@ fn the_tunnel_gets_another_address() -> Result<()> {
     let seen = watch.stop()?.packets()?;
     lab.block_time_exceeded(false)?;
     let expected = hop_lists(&lab)?;
-    ensure!(expected.iter().any(|(_, _, path)| path.contains(&"10.244.205.250".to_owned())), "{expected:?}");
+    ensure!(
+        expected
+            .iter()
+            .any(|(_, _, path)| path.contains(&"10.244.205.250".to_owned())),
+        "{expected:?}"
+    );
     compare(&seen[before..], &expected)
 }
 
@@ -86,7 +107,12 @@ type HopList = (String, String, Vec<String>);
 
 fn hop_lists(lab: &Lab) -> Result<Vec<HopList>> {
     let mut lists = Vec::new();
-    for (from, to) in [("pod1", "pod2"), ("pod2", "pod1"), ("pod1", "pod3"), ("pod3", "pod1")] {
+    for (from, to) in [
+        ("pod1", "pod2"),
+        ("pod2", "pod1"),
+        ("pod1", "pod3"),
+        ("pod3", "pod1"),
+    ] {
         let (sender, receiver) = (lab.pod(from)?.ip(), lab.pod(to)?.ip());
         let trace = lab.traceroute(from, receiver, Kind::Udp, &[])?;
         lists.push((sender.to_string(), receiver.to_string(), trace.path()));
@@ -97,10 +123,20 @@ fn hop_lists(lab: &Lab) -> Result<Vec<HopList>> {
 fn compare(seen: &[Value], expected: &[HopList]) -> Result<()> {
     for (from, to, hops) in expected {
         for proto in ["icmp", "tcp", "udp"] {
-            let packets: Vec<&Value> = seen.iter().filter(|packet| goes(packet, proto, from, to)).collect();
-            ensure!(!packets.is_empty(), "no {proto} packet from {from} to {to} among {}", seen.len());
+            let packets: Vec<&Value> = seen
+                .iter()
+                .filter(|packet| goes(packet, proto, from, to))
+                .collect();
+            ensure!(
+                !packets.is_empty(),
+                "no {proto} packet from {from} to {to} among {}",
+                seen.len()
+            );
             for packet in packets {
-                ensure!(path(packet) == *hops, "traceroute: {hops:?}\ncalitrace: {packet:#}");
+                ensure!(
+                    path(packet) == *hops,
+                    "traceroute: {hops:?}\ncalitrace: {packet:#}"
+                );
                 ensure!(packet["verdict"] == "delivered", "{packet:#}");
             }
         }
@@ -113,8 +149,18 @@ fn compare(seen: &[Value], expected: &[HopList]) -> Result<()> {
 fn every_traceroute() -> Result<()> {
     for order in ORDERS {
         for encapsulation in MODES {
-            let lab = Lab::up(&Options { order, encapsulation, ..Options::default() })?;
-            for kind in [Kind::Udp, Kind::Icmp, Kind::Tcp(9), Kind::Busybox, Kind::BusyboxIcmp] {
+            let lab = Lab::up(&Options {
+                order,
+                encapsulation,
+                ..Options::default()
+            })?;
+            for kind in [
+                Kind::Udp,
+                Kind::Icmp,
+                Kind::Tcp(9),
+                Kind::Busybox,
+                Kind::BusyboxIcmp,
+            ] {
                 for receiver in ["pod2", "pod3"] {
                     one_traceroute(&lab, kind, receiver)
                         .with_context(|| format!("{order:?}, {encapsulation:?}, {kind:?} to {receiver}"))?;
@@ -126,16 +172,32 @@ fn every_traceroute() -> Result<()> {
 }
 
 fn one_traceroute(lab: &Lab, kind: Kind, receiver: &str) -> Result<()> {
-    let watch = Watch::start(&with(lab, &["-o", "traceroute", "--from", "default/busybox-f5945bfb5-mw26t"]))?;
+    let watch = Watch::start(&with(
+        lab,
+        &["-o", "traceroute", "--from", "default/busybox-f5945bfb5-mw26t"],
+    ))?;
     let said = lab.traceroute("pod1", lab.pod(receiver)?.ip(), kind, &[])?;
     let printed = watch.stop()?.stdout;
     let blocks: Vec<&str> = printed.trim_end().split("\n\n").collect();
-    ensure!(blocks.len() == 1, "one traceroute is one block, not {}:\n{printed}\n{}", blocks.len(), said.raw);
+    ensure!(
+        blocks.len() == 1,
+        "one traceroute is one block, not {}:\n{printed}\n{}",
+        blocks.len(),
+        said.raw
+    );
     let ours = calitrace_tests::traffic::traceroute::parse(blocks[0])
         .with_context(|| format!("calitrace printed:\n{printed}"))?;
-    ensure!(ours.len() == said.hops.len(), "calitrace:\n{printed}\ntraceroute:\n{}", said.raw);
+    ensure!(
+        ours.len() == said.hops.len(),
+        "calitrace:\n{printed}\ntraceroute:\n{}",
+        said.raw
+    );
     for (our, their) in ours.iter().zip(&said.hops) {
-        ensure!(our.ttl == their.ttl, "calitrace:\n{printed}\ntraceroute:\n{}", said.raw);
+        ensure!(
+            our.ttl == their.ttl,
+            "calitrace:\n{printed}\ntraceroute:\n{}",
+            said.raw
+        );
         for (our, their) in our.probes.iter().zip(&their.probes) {
             match (our, their) {
                 (Some((our, our_time)), Some((their, their_time))) => ensure!(

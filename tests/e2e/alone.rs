@@ -11,7 +11,9 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     ("one_node_alone_over_vxlan", || alone(Encapsulation::Vxlan)),
-    ("one_node_alone_without_encapsulation", || alone(Encapsulation::None)),
+    ("one_node_alone_without_encapsulation", || {
+        alone(Encapsulation::None)
+    }),
 ];
 
 /// What one node alone shows of a packet: the hops' addresses, which of them were seen, and the verdict.
@@ -32,7 +34,11 @@ fn expected(encapsulation: Encapsulation, node: &str, to: &str) -> Expected {
     let vxlan = encapsulation == Encapsulation::Vxlan;
     match (node, to) {
         ("minikube", POD2) => Expected {
-            path: ["10.244.120.64", if vxlan { "10.244.205.192" } else { "192.168.49.3" }, POD2],
+            path: [
+                "10.244.120.64",
+                if vxlan { "10.244.205.192" } else { "192.168.49.3" },
+                POD2,
+            ],
             certainty: SENT,
             verdict: "left",
         },
@@ -47,7 +53,11 @@ fn expected(encapsulation: Encapsulation, node: &str, to: &str) -> Expected {
             verdict: "delivered",
         },
         _ => Expected {
-            path: ["10.244.205.192", if vxlan { "10.244.120.64" } else { "192.168.49.2" }, POD1],
+            path: [
+                "10.244.205.192",
+                if vxlan { "10.244.120.64" } else { "192.168.49.2" },
+                POD1,
+            ],
             certainty: SENT,
             verdict: "left",
         },
@@ -55,7 +65,10 @@ fn expected(encapsulation: Encapsulation, node: &str, to: &str) -> Expected {
 }
 
 fn alone(encapsulation: Encapsulation) -> Result<()> {
-    let lab = Lab::up(&Options { encapsulation, ..Options::default() })?;
+    let lab = Lab::up(&Options {
+        encapsulation,
+        ..Options::default()
+    })?;
     for node in lab.nodes() {
         let mut arguments = vec!["-o".to_owned(), "json".to_owned()];
         arguments.extend(only(&lab, &[&node.name]));
@@ -64,8 +77,16 @@ fn alone(encapsulation: Encapsulation) -> Result<()> {
         ensure!(ping.received == 3, "{ping:?}");
         let packets = watch.stop()?.packets()?;
         for (from, to) in [(POD1, POD2), (POD2, POD1)] {
-            let seen: Vec<&Value> = packets.iter().filter(|packet| goes(packet, "icmp", from, to)).collect();
-            ensure!(seen.len() == 3, "{} packets from {from} to {to} on {}: {packets:#?}", seen.len(), node.name);
+            let seen: Vec<&Value> = packets
+                .iter()
+                .filter(|packet| goes(packet, "icmp", from, to))
+                .collect();
+            ensure!(
+                seen.len() == 3,
+                "{} packets from {from} to {to} on {}: {packets:#?}",
+                seen.len(),
+                node.name
+            );
             for packet in seen {
                 check(packet, &expected(encapsulation, &node.name, to))
                     .with_context(|| format!("{from} to {to} on {} alone: {packet:#}", node.name))?;
@@ -78,19 +99,34 @@ fn alone(encapsulation: Encapsulation) -> Result<()> {
 fn check(packet: &Value, expected: &Expected) -> Result<()> {
     let mut seen = path(packet);
     // Without the tunnel the first node's own address towards its pod is the first of its devices, in that order.
-    if seen.first().is_some_and(|first| first == "192.168.49.2" || first == "192.168.49.3") {
+    if seen
+        .first()
+        .is_some_and(|first| first == "192.168.49.2" || first == "192.168.49.3")
+    {
         let tunnel = expected.path[0];
         ensure!(tunnel != "*", "a hop that this node cannot know has an address");
         tunnel.clone_into(&mut seen[0]);
     }
-    ensure!(seen == expected.path, "hops {seen:?}, expected {:?}", expected.path);
+    ensure!(
+        seen == expected.path,
+        "hops {seen:?}, expected {:?}",
+        expected.path
+    );
     let certainty: Vec<&str> = packet["hops"]
         .as_array()
         .context("hops")?
         .iter()
         .map(|hop| hop["certainty"].as_str().unwrap_or_default())
         .collect();
-    ensure!(certainty == expected.certainty, "certainty {certainty:?}, expected {:?}", expected.certainty);
-    ensure!(packet["verdict"] == expected.verdict, "verdict, expected {}", expected.verdict);
+    ensure!(
+        certainty == expected.certainty,
+        "certainty {certainty:?}, expected {:?}",
+        expected.certainty
+    );
+    ensure!(
+        packet["verdict"] == expected.verdict,
+        "verdict, expected {}",
+        expected.verdict
+    );
     Ok(())
 }

@@ -12,7 +12,10 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("each_packet_is_one_delivered_trace_without_offloads", without_offloads),
+    (
+        "each_packet_is_one_delivered_trace_without_offloads",
+        without_offloads,
+    ),
     ("with_offloads_every_byte_is_traced_once", with_offloads),
     ("a_service_is_one_trace_with_a_nat_step", service),
 ];
@@ -40,23 +43,42 @@ fn without_offloads() -> Result<()> {
     let packets = watch.stop()?.packets()?;
     let (a, b) = (one.address.to_string(), two.address.to_string());
     let count = |proto: &str, from: &str, to: &str| {
-        packets.iter().filter(|packet| goes(packet, proto, from, to)).count() as u64
+        packets
+            .iter()
+            .filter(|packet| goes(packet, proto, from, to))
+            .count() as u64
     };
     // The sockets' own counts.
     ensure!(ping.sent == 20 && ping.received == 20, "{ping:?}");
     same("echo requests", count("icmp", &a, &b), ping.sent)?;
     same("echo replies", count("icmp", &b, &a), ping.received)?;
     same("datagrams", count("udp", &a, &b), udp.sent)?;
-    same("datagrams received there", count("udp", &a, &b), udp_there.received)?;
+    same(
+        "datagrams received there",
+        count("udp", &a, &b),
+        udp_there.received,
+    )?;
     same("datagrams back", count("udp", &b, &a), udp.received)?;
-    same("segments out", count("tcp", &a, &b), u64::from(http.segments.segments_out))?;
-    same("segments in", count("tcp", &b, &a), u64::from(http.segments.segments_in))?;
+    same(
+        "segments out",
+        count("tcp", &a, &b),
+        u64::from(http.segments.segments_out),
+    )?;
+    same(
+        "segments in",
+        count("tcp", &b, &a),
+        u64::from(http.segments.segments_in),
+    )?;
     // What a capture at the same interface counts.
     for proto in ["icmp", "udp", "tcp"] {
         for (from, to) in [(&a, &b), (&b, &a)] {
             let filter = format!("{proto} and src {from} and dst {to}");
             let captured = tcpdump::read(&capture_file, &filter)?.len() as u64;
-            same(&format!("packets captured by tcpdump ({filter})"), count(proto, from, to), captured)?;
+            same(
+                &format!("packets captured by tcpdump ({filter})"),
+                count(proto, from, to),
+                captured,
+            )?;
         }
     }
     for packet in &packets {
@@ -88,18 +110,33 @@ fn with_offloads() -> Result<()> {
     let packets = watch.stop()?.packets()?;
     for (from, to, bytes) in [(&one, &two, http.sent), (&two, &one, http.received)] {
         let (from, to) = (from.address.to_string(), to.address.to_string());
-        let traces: Vec<&Value> = packets.iter().filter(|packet| goes(packet, "tcp", &from, &to)).collect();
+        let traces: Vec<&Value> = packets
+            .iter()
+            .filter(|packet| goes(packet, "tcp", &from, &to))
+            .collect();
         let payload: u64 = traces
             .iter()
             .filter_map(|packet| packet["length"].as_u64())
             // A SYN has 20 bytes of options and no data.
-            .map(|length| if length == 60 { 0 } else { length.saturating_sub(HEADERS) })
+            .map(|length| {
+                if length == 60 {
+                    0
+                } else {
+                    length.saturating_sub(HEADERS)
+                }
+            })
             .sum();
         // Without a retransmission, every byte once.
         if http.segments.retransmitted == 0 {
-            ensure!(payload == bytes, "{from} to {to}: {bytes} bytes sent, {payload} traced");
+            ensure!(
+                payload == bytes,
+                "{from} to {to}: {bytes} bytes sent, {payload} traced"
+            );
         } else {
-            ensure!(payload >= bytes, "{from} to {to}: {bytes} bytes sent, {payload} traced");
+            ensure!(
+                payload >= bytes,
+                "{from} to {to}: {bytes} bytes sent, {payload} traced"
+            );
         }
         for trace in &traces {
             ensure!(trace["verdict"] == "delivered", "not delivered: {trace:#}");
@@ -107,7 +144,11 @@ fn with_offloads() -> Result<()> {
         // At the interface of the sending pod a capture sees the same super-packets.
         if from == two.address.to_string() {
             let captured = tcpdump::read(&capture_file, &format!("tcp and src {from}"))?.len();
-            ensure!(traces.len() == captured, "{captured} packets captured, {} traced", traces.len());
+            ensure!(
+                traces.len() == captured,
+                "{captured} packets captured, {} traced",
+                traces.len()
+            );
         }
     }
     Ok(())
@@ -128,19 +169,37 @@ fn service() -> Result<()> {
         let flow = &packet["flow"];
         let nat = packet["nat"].as_array().context("nat")?;
         ensure!(nat.len() == 1, "one translation: {packet:#}");
-        ensure!(nat[0]["node"] == "minikube", "translated at the client's node: {packet:#}");
+        ensure!(
+            nat[0]["node"] == "minikube",
+            "translated at the client's node: {packet:#}"
+        );
         ensure!(packet["verdict"] == "delivered", "{packet:#}");
         let hops = packet["hops"].as_array().context("hops")?;
         if flow["src"] == a.as_str() {
-            ensure!(flow["dst"] == "10.96.0.10" && flow["dst_port"] == 80, "{packet:#}");
+            ensure!(
+                flow["dst"] == "10.96.0.10" && flow["dst_port"] == 80,
+                "{packet:#}"
+            );
             ensure!(nat[0]["kind"] == "dnat", "{packet:#}");
-            ensure!(nat[0]["to"]["address"] == b.as_str() && nat[0]["to"]["port"] == 8080, "{packet:#}");
+            ensure!(
+                nat[0]["to"]["address"] == b.as_str() && nat[0]["to"]["port"] == 8080,
+                "{packet:#}"
+            );
             ensure!(flow["dst_pod"] == two.full_name().as_str(), "{packet:#}");
-            ensure!(hops.last().context("hops")?["address"] == "10.96.0.10", "{packet:#}");
+            ensure!(
+                hops.last().context("hops")?["address"] == "10.96.0.10",
+                "{packet:#}"
+            );
         } else {
-            ensure!(flow["src"] == b.as_str() && flow["dst"] == a.as_str(), "{packet:#}");
+            ensure!(
+                flow["src"] == b.as_str() && flow["dst"] == a.as_str(),
+                "{packet:#}"
+            );
             ensure!(nat[0]["kind"] == "snat", "{packet:#}");
-            ensure!(nat[0]["to"]["address"] == "10.96.0.10" && nat[0]["to"]["port"] == 80, "{packet:#}");
+            ensure!(
+                nat[0]["to"]["address"] == "10.96.0.10" && nat[0]["to"]["port"] == 80,
+                "{packet:#}"
+            );
         }
         ensure!(hops.len() == 3, "two routers and the receiver: {packet:#}");
     }

@@ -21,17 +21,19 @@ const POD1: &str = "10.244.120.67";
 const POD2: &str = "10.244.205.193";
 
 /// The traces of what `traffic` sends from pod 1 with this protocol and destination.
-fn traces(
-    lab: &Lab,
-    proto: &str,
-    to: &str,
-    traffic: impl FnOnce(&Lab) -> Result<()>,
-) -> Result<Vec<Value>> {
+fn traces(lab: &Lab, proto: &str, to: &str, traffic: impl FnOnce(&Lab) -> Result<()>) -> Result<Vec<Value>> {
     let watch = Watch::start(&with(lab, &["-o", "json"]))?;
     traffic(lab)?;
     let packets = watch.stop()?.packets()?;
-    let found: Vec<Value> = packets.iter().filter(|packet| goes(packet, proto, POD1, to)).cloned().collect();
-    ensure!(!found.is_empty(), "nothing from {POD1} to {to} was traced: {packets:#?}");
+    let found: Vec<Value> = packets
+        .iter()
+        .filter(|packet| goes(packet, proto, POD1, to))
+        .cloned()
+        .collect();
+    ensure!(
+        !found.is_empty(),
+        "nothing from {POD1} to {to} was traced: {packets:#?}"
+    );
     Ok(found)
 }
 
@@ -56,7 +58,12 @@ fn policy(policy: Policy) -> Result<()> {
         // The last interface it passed: it came out of the tunnel and never went to the pod.
         ensure!(drop["interface"] == "vxlan.calico", "{packet:#}");
         let hooks = packet["observations"].as_array().context("observations")?;
-        ensure!(hooks.iter().all(|seen| seen["interface"] != pod2.interface.as_str()), "{packet:#}");
+        ensure!(
+            hooks
+                .iter()
+                .all(|seen| seen["interface"] != pod2.interface.as_str()),
+            "{packet:#}"
+        );
     }
     Ok(())
 }
@@ -65,7 +72,8 @@ fn blackhole() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let unused = lab.node("minikube-m02")?.unused_address.to_string();
     let found = traces(&lab, "icmp", &unused, |lab| {
-        lab.ping("pod1", lab.node("minikube-m02")?.unused_address.into(), 3, &[]).map(drop)
+        lab.ping("pod1", lab.node("minikube-m02")?.unused_address.into(), 3, &[])
+            .map(drop)
     })?;
     for packet in found {
         ensure!(packet["verdict"] == "dropped", "{packet:#}");
@@ -80,7 +88,8 @@ fn blackhole() -> Result<()> {
 fn closed_port() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let udp = traces(&lab, "udp", POD2, |lab| {
-        lab.udp_flood("pod1", format!("{POD2}:9999").parse()?, 1, 50).map(drop)
+        lab.udp_flood("pod1", format!("{POD2}:9999").parse()?, 1, 50)
+            .map(drop)
     })?;
     for packet in udp {
         ensure!(packet["verdict"] == "rejected", "{packet:#}");
@@ -88,7 +97,10 @@ fn closed_port() -> Result<()> {
         ensure!(packet["answer"]["address"] == POD2, "{packet:#}");
     }
     let tcp = traces(&lab, "tcp", POD2, |lab| {
-        ensure!(lab.http_get("pod1", format!("{POD2}:9999").parse()?, 1).is_err(), "the port is open");
+        ensure!(
+            lab.http_get("pod1", format!("{POD2}:9999").parse()?, 1).is_err(),
+            "the port is open"
+        );
         Ok(())
     })?;
     for packet in tcp {
@@ -100,7 +112,10 @@ fn closed_port() -> Result<()> {
 }
 
 fn ttl() -> Result<()> {
-    for (ttl, node, hop) in [("1", "minikube", "10.244.120.64"), ("2", "minikube-m02", "10.244.205.192")] {
+    for (ttl, node, hop) in [
+        ("1", "minikube", "10.244.120.64"),
+        ("2", "minikube-m02", "10.244.205.192"),
+    ] {
         let lab = Lab::up(&Options::default())?;
         let found = traces(&lab, "icmp", POD2, |lab| {
             lab.ping("pod1", POD2.parse()?, 2, &["-t", ttl]).map(drop)
@@ -111,7 +126,10 @@ fn ttl() -> Result<()> {
             ensure!(packet["answer"]["kind"] == "time_exceeded", "{packet:#}");
             ensure!(packet["answer"]["address"] == hop, "{packet:#}");
             let hops = packet["hops"].as_array().context("hops")?;
-            ensure!(hops.last().is_some_and(|last| last["address"] == hop), "{packet:#}");
+            ensure!(
+                hops.last().is_some_and(|last| last["address"] == hop),
+                "{packet:#}"
+            );
             ensure!(hops.len().to_string() == ttl, "{packet:#}");
         }
     }

@@ -29,7 +29,8 @@ pub(crate) const TESTS: &[Test] = &[
 fn no_privileges() -> Result<()> {
     // The binary may lie where only root may look.
     let folder = tempfile::tempdir().context("make a folder")?;
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).context("open the folder to all")?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))
+        .context("open the folder to all")?;
     let copy = folder.path().join("calitrace");
     fs::copy(binary()?, &copy).context("copy the binary")?;
     let output = Command::new(&copy)
@@ -41,7 +42,10 @@ fn no_privileges() -> Result<()> {
         .context("run as nobody")?;
     let text = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.code() == Some(3), "{output:?}");
-    ensure!(text.starts_with("error: ") && text.contains("CAP_") && text.contains("sudo"), "{text}");
+    ensure!(
+        text.starts_with("error: ") && text.contains("CAP_") && text.contains("sudo"),
+        "{text}"
+    );
     ensure!(text.lines().count() == 1, "one line: {text}");
     Ok(())
 }
@@ -51,7 +55,11 @@ fn no_node() -> Result<()> {
     let netns = lab.pod("pod1")?.namespace;
     let finished = run(&["watch", "--no-wait", "--netns", &netns])?;
     ensure!(finished.status.code() == Some(4), "{finished:?}");
-    ensure!(finished.stderr.contains("no Calico node") && finished.stderr.contains(&netns), "{}", finished.stderr);
+    ensure!(
+        finished.stderr.contains("no Calico node") && finished.stderr.contains(&netns),
+        "{}",
+        finished.stderr
+    );
     let finished = run(&["watch", "--no-wait", "--netns", "nosuchnamespace"])?;
     ensure!(finished.status.code() == Some(1), "{finished:?}");
     ensure!(finished.stderr.contains("nosuchnamespace"), "{}", finished.stderr);
@@ -60,10 +68,17 @@ fn no_node() -> Result<()> {
 
 fn no_interface() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
-    let finished = run(&with(&lab, &["watch", "--no-wait", "--interface", "cali00000000000"]))?;
+    let finished = run(&with(
+        &lab,
+        &["watch", "--no-wait", "--interface", "cali00000000000"],
+    ))?;
     ensure!(finished.status.code() == Some(4), "{finished:?}");
     for word in ["cali00000000000", "cali8d02ed71817"] {
-        ensure!(finished.stderr.contains(word), "what is missing and what there is: {}", finished.stderr);
+        ensure!(
+            finished.stderr.contains(word),
+            "what is missing and what there is: {}",
+            finished.stderr
+        );
     }
     Ok(())
 }
@@ -72,7 +87,11 @@ fn unwritable() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let finished = run(&with(&lab, &["watch", "-w", "/nonexistent/folder/log.jsonl"]))?;
     ensure!(finished.status.code() == Some(1), "{finished:?}");
-    ensure!(finished.stderr.contains("/nonexistent/folder/log.jsonl"), "{}", finished.stderr);
+    ensure!(
+        finished.stderr.contains("/nonexistent/folder/log.jsonl"),
+        "{}",
+        finished.stderr
+    );
     Ok(())
 }
 
@@ -95,7 +114,12 @@ fn full_disk() -> Result<()> {
 
 fn broken_pipe() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
-    let mut words = vec![binary()?.to_string_lossy().into_owned(), "watch".into(), "-o".into(), "json".into()];
+    let mut words = vec![
+        binary()?.to_string_lossy().into_owned(),
+        "watch".into(),
+        "-o".into(),
+        "json".into(),
+    ];
     words.extend(with(&lab, &["--duration", "20s"]));
     // `head` leaves after the first line; a pipe without a reader then ends the run, in order and without a word.
     let script = format!("{} | head -n 1; exit ${{PIPESTATUS[0]}}", words.join(" "));
@@ -126,9 +150,15 @@ fn no_btf() -> Result<()> {
         let ping = lab.ping("pod1", lab.pod("pod2")?.ip(), 3, &[])?;
         ensure!(ping.received == 3, "{ping:?}");
         let finished = watch.stop()?;
-        let warnings: Vec<&str> =
-            finished.stderr.lines().filter(|line| line.starts_with("warning: ")).collect();
-        ensure!(warnings.len() == 1 && warnings[0].contains(file), "one line that says so: {warnings:?}");
+        let warnings: Vec<&str> = finished
+            .stderr
+            .lines()
+            .filter(|line| line.starts_with("warning: "))
+            .collect();
+        ensure!(
+            warnings.len() == 1 && warnings[0].contains(file),
+            "one line that says so: {warnings:?}"
+        );
         let packets = finished.packets()?;
         ensure!(
             packets.len() == 6 && packets.iter().all(|packet| packet["verdict"] == "delivered"),
@@ -142,10 +172,13 @@ fn vanishing_interface() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
     let interface = lab.pod("pod3")?.interface;
-    lab.namespace("minikube")?.ip(&format!("link delete {interface}\n"))?;
+    lab.namespace("minikube")?
+        .ip(&format!("link delete {interface}\n"))?;
     let ping = lab.ping("pod1", lab.pod("pod2")?.ip(), 3, &[])?;
     ensure!(ping.received == 3, "{ping:?}");
-    watch.until("traces after an interface vanished", |watch| watch.packets().len() >= 6)?;
+    watch.until("traces after an interface vanished", |watch| {
+        watch.packets().len() >= 6
+    })?;
     let finished = watch.stop()?;
     ensure!(finished.status.success(), "{finished:?}");
     ensure!(!finished.stderr.contains("error"), "{}", finished.stderr);
@@ -157,7 +190,10 @@ fn limits() -> Result<()> {
     let mut watch = Watch::start(&with(&lab, &["-o", "json", "-c", "3", "--proto", "icmp"]))?;
     lab.ping("pod1", lab.pod("pod2")?.ip(), 5, &[])?;
     let finished = watch.wait()?;
-    ensure!(finished.status.success() && finished.packets()?.len() == 3, "{finished:?}");
+    ensure!(
+        finished.status.success() && finished.packets()?.len() == 3,
+        "{finished:?}"
+    );
     let finished = run(&with(&lab, &["watch", "-o", "json", "--duration", "300ms"]))?;
     ensure!(finished.status.success(), "{finished:?}");
     Ok(())

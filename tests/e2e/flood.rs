@@ -9,8 +9,9 @@ use crate::{
     support::{Watch, with},
 };
 
-pub(crate) const TESTS: &[Test] =
-    &[("a_flood_that_overruns_the_ring_is_counted_to_the_packet", || flood(20_000))];
+pub(crate) const TESTS: &[Test] = &[("a_flood_that_overruns_the_ring_is_counted_to_the_packet", || {
+    flood(20_000)
+})];
 
 fn flood(mut datagrams: u64) -> Result<()> {
     // How much a ring of 16 KiB refuses depends on the machine: more, until it is 5 % at least.
@@ -20,7 +21,10 @@ fn flood(mut datagrams: u64) -> Result<()> {
         if refused * 20 >= datagrams {
             return Ok(());
         }
-        ensure!(datagrams < 1_000_000, "a ring of 16 KiB took {datagrams} datagrams");
+        ensure!(
+            datagrams < 1_000_000,
+            "a ring of 16 KiB took {datagrams} datagrams"
+        );
         datagrams *= 4;
     }
 }
@@ -36,7 +40,10 @@ fn one_flood(datagrams: u64) -> Result<u64> {
     ensure!(finished.status.success(), "{}", finished.stderr);
 
     let lines = finished.lines()?;
-    let ledger = lines.iter().rfind(|line| line["type"] == "ledger").context("a ledger")?;
+    let ledger = lines
+        .iter()
+        .rfind(|line| line["type"] == "ledger")
+        .context("a ledger")?;
     ensure!(ledger["exact"] == true, "the last ledger is exact: {ledger:#}");
     let rows = ledger["rows"].as_array().context("rows")?;
     for row in rows {
@@ -47,12 +54,18 @@ fn one_flood(datagrams: u64) -> Result<u64> {
         .find(|row| row["node"] == "minikube" && row["hook"] == "workload_ingress")
         .context("the sender's row")?;
     let (recorded, refused) = (number(row, "recorded"), number(row, "ring_refused"));
-    ensure!(recorded + refused == sent, "{sent} sent, {recorded} recorded and {refused} refused: {row:#}");
+    ensure!(
+        recorded + refused == sent,
+        "{sent} sent, {recorded} recorded and {refused} refused: {row:#}"
+    );
 
     // What was lost makes verdicts unknown, never lost or dropped.
     for packet in lines.iter().filter(|line| line["type"] == "packet") {
         let verdict = packet["verdict"].as_str().unwrap_or_default();
-        ensure!(["delivered", "unknown", "unfinished"].contains(&verdict), "{packet:#}");
+        ensure!(
+            ["delivered", "unknown", "unfinished"].contains(&verdict),
+            "{packet:#}"
+        );
     }
     Ok(refused)
 }
@@ -62,10 +75,24 @@ fn number(row: &Value, field: &str) -> u64 {
 }
 
 fn adds_up(row: &Value) -> Result<()> {
-    let ways = ["non_ip", "out_of_scope", "filtered", "sampled_away", "over_budget", "ring_refused", "recorded"];
+    let ways = [
+        "non_ip",
+        "out_of_scope",
+        "filtered",
+        "sampled_away",
+        "over_budget",
+        "ring_refused",
+        "recorded",
+    ];
     let sum: u64 = ways.iter().map(|way| number(row, way)).sum();
-    ensure!(sum == number(row, "seen"), "seen is not the sum of what became of it");
+    ensure!(
+        sum == number(row, "seen"),
+        "seen is not the sum of what became of it"
+    );
     let handled = number(row, "decoded") + number(row, "user_dropped");
-    ensure!(handled == number(row, "recorded"), "recorded is not what was decoded and dropped");
+    ensure!(
+        handled == number(row, "recorded"),
+        "recorded is not what was decoded and dropped"
+    );
     Ok(())
 }

@@ -22,8 +22,11 @@ pub(crate) const TESTS: &[Test] = &[
 fn left_after(signal: Signal) -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let look = || -> Result<Inventory> {
-        let namespaces =
-            lab.namespaces()?.iter().map(|name| Namespace::open(name)).collect::<Result<Vec<_>>>()?;
+        let namespaces = lab
+            .namespaces()?
+            .iter()
+            .map(|name| Namespace::open(name))
+            .collect::<Result<Vec<_>>>()?;
         Inventory::take(&namespaces, "calitrace_")
     };
     let before = look()?;
@@ -32,11 +35,20 @@ fn left_after(signal: Signal) -> Result<()> {
     lab.ping("pod1", lab.pod("pod2")?.ip(), 2, &[])?;
     let during = look()?;
     // Two nodes with two pods, a tunnel and an uplink each, two directions; six TC programs and one for drops.
-    ensure!(during.tcx.len() == 16 && during.programs.len() == 7, "during: {during:?}");
+    ensure!(
+        during.tcx.len() == 16 && during.programs.len() == 7,
+        "during: {during:?}"
+    );
     let pid = watch.pid();
     let finished = watch.signal(signal)?;
-    ensure!((signal == Signal::SIGKILL) != finished.status.success(), "{finished:?}");
-    ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "process {pid} is still there");
+    ensure!(
+        (signal == Signal::SIGKILL) != finished.status.success(),
+        "{finished:?}"
+    );
+    ensure!(
+        !Path::new(&format!("/proc/{pid}")).exists(),
+        "process {pid} is still there"
+    );
     // The kernel frees the programs of a killed process a moment later.
     wait_until("the kernel to free what the process held", || {
         let after = look()?;
@@ -48,9 +60,19 @@ fn left_after(signal: Signal) -> Result<()> {
 fn lab_is_gone() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let names = lab.namespaces()?;
-    ensure!(names.iter().all(|name| Path::new("/run/netns").join(name).exists()), "{names:?}");
+    ensure!(
+        names
+            .iter()
+            .all(|name| Path::new("/run/netns").join(name).exists()),
+        "{names:?}"
+    );
     lab.down()?;
-    ensure!(names.iter().all(|name| !Path::new("/run/netns").join(name).exists()), "{names:?}");
+    ensure!(
+        names
+            .iter()
+            .all(|name| !Path::new("/run/netns").join(name).exists()),
+        "{names:?}"
+    );
     Ok(())
 }
 
@@ -64,10 +86,22 @@ fn node_is_unchanged() -> Result<()> {
             &["ip", "route", "show", "table", "all"],
             &["ip", "-d", "address"],
             &["tc", "qdisc"],
-            &["sysctl", "-a", "--pattern", "^net\\.(ipv4|ipv6|netfilter)\\.(conf|ip_|icmp)"],
+            &[
+                "sysctl",
+                "-a",
+                "--pattern",
+                "^net\\.(ipv4|ipv6|netfilter)\\.(conf|ip_|icmp)",
+            ],
         ] {
-            let output = lab.exec("minikube", words)?.output().with_context(|| format!("run {words:?}"))?;
-            ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+            let output = lab
+                .exec("minikube", words)?
+                .output()
+                .with_context(|| format!("run {words:?}"))?;
+            ensure!(
+                output.status.success(),
+                "{words:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            );
             text.push_str(&String::from_utf8_lossy(&output.stdout));
         }
         Ok(text)

@@ -53,9 +53,18 @@ fn read_is_watch() -> Result<()> {
     let read = by_id(&read)?;
     ensure!(!watched.is_empty(), "nothing was watched");
     for (id, packet) in &watched {
-        ensure!(read.get(id) == Some(packet), "watched: {packet:#}\nread: {:#?}", read.get(id));
+        ensure!(
+            read.get(id) == Some(packet),
+            "watched: {packet:#}\nread: {:#?}",
+            read.get(id)
+        );
     }
-    ensure!(read.len() == watched.len(), "{} watched, {} read", watched.len(), read.len());
+    ensure!(
+        read.len() == watched.len(),
+        "{} watched, {} read",
+        watched.len(),
+        read.len()
+    );
 
     // Cut in the middle of a line: read up to there, and said.
     let whole = fs::read(log).context("read the log")?;
@@ -64,18 +73,33 @@ fn read_is_watch() -> Result<()> {
     let cut = cut.to_str().context("a path in UTF-8")?;
     let partly = run(&["read", cut, "-o", "json"])?;
     ensure!(partly.status.success(), "{partly:?}");
-    ensure!(partly.stderr.contains(cut) && partly.stderr.contains("cut"), "{}", partly.stderr);
+    ensure!(
+        partly.stderr.contains(cut) && partly.stderr.contains("cut"),
+        "{}",
+        partly.stderr
+    );
     let partly = partly.packets()?;
-    ensure!(!partly.is_empty() && partly.len() < read.len(), "{} of {}", partly.len(), read.len());
+    ensure!(
+        !partly.is_empty() && partly.len() < read.len(),
+        "{} of {}",
+        partly.len(),
+        read.len()
+    );
     Ok(())
 }
 
 fn by_id(finished: &Finished) -> Result<BTreeMap<String, Value>> {
     let packets = finished.packets()?;
     let count = packets.len();
-    let map: BTreeMap<String, Value> =
-        packets.into_iter().map(|packet| (packet["id"].as_str().unwrap_or_default().to_owned(), packet)).collect();
-    ensure!(map.len() == count, "ids are not unique: {count} packets, {} ids", map.len());
+    let map: BTreeMap<String, Value> = packets
+        .into_iter()
+        .map(|packet| (packet["id"].as_str().unwrap_or_default().to_owned(), packet))
+        .collect();
+    ensure!(
+        map.len() == count,
+        "ids are not unique: {count} packets, {} ids",
+        map.len()
+    );
     Ok(map)
 }
 
@@ -83,21 +107,32 @@ fn schema() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let folder = tempfile::tempdir().context("make a folder")?;
     let finished = watched(&lab, &folder.path().join("log.jsonl"))?;
-    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../calitrace/schema/calitrace-1.schema.json");
+    let file = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../calitrace/schema/calitrace-1.schema.json"
+    );
     let mut schemas = boon::Schemas::new();
     let schema = boon::Compiler::new()
         .compile(file, &mut schemas)
         .map_err(|error| anyhow!("compile {file}: {error}"))?;
     let lines = finished.lines()?;
     let kinds: Vec<&str> = lines.iter().filter_map(|line| line["type"].as_str()).collect();
-    ensure!(kinds.contains(&"packet") && kinds.contains(&"ledger"), "{kinds:?}");
+    ensure!(
+        kinds.contains(&"packet") && kinds.contains(&"ledger"),
+        "{kinds:?}"
+    );
     for line in &lines {
-        schemas.validate(line, schema).map_err(|error| anyhow!("{error}\n{line:#}"))?;
+        schemas
+            .validate(line, schema)
+            .map_err(|error| anyhow!("{error}\n{line:#}"))?;
         // A schema that takes everything would prove nothing.
         let mut broken = line.clone();
         broken.as_object_mut().context("an object")?.remove("version");
         broken["type"] = "packets".into();
-        ensure!(schemas.validate(&broken, schema).is_err(), "the schema takes what is no line: {broken:#}");
+        ensure!(
+            schemas.validate(&broken, schema).is_err(),
+            "the schema takes what is no line: {broken:#}"
+        );
     }
     Ok(())
 }
@@ -114,7 +149,10 @@ fn jc() -> Result<()> {
         let parsed = jc_parse(&jc, block).with_context(|| format!("jc on:\n{block}"))?;
         let lines = block.lines().count() - 1;
         let hops = parsed["hops"].as_array().map_or(0, Vec::len);
-        ensure!(hops == lines, "{lines} lines, {hops} hops by jc:\n{block}\n{parsed:#}");
+        ensure!(
+            hops == lines,
+            "{lines} lines, {hops} hops by jc:\n{block}\n{parsed:#}"
+        );
         ensure!(parsed["destination_ip"].is_string(), "{block}\n{parsed:#}");
         blocks += 1;
     }
@@ -134,8 +172,17 @@ fn jc_parse(jc: &str, block: &str) -> Result<Value> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("run {jc}; `cargo xtask test` installs it"))?;
-    child.stdin.take().context("jc's input")?.write_all(block.as_bytes()).context("write to jc")?;
+    child
+        .stdin
+        .take()
+        .context("jc's input")?
+        .write_all(block.as_bytes())
+        .context("write to jc")?;
     let output = child.wait_with_output().context("wait for jc")?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    ensure!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).context("jc's output")
 }

@@ -43,11 +43,11 @@ fn main() -> ExitCode {
         failures::TESTS,
         leftovers::TESTS,
     ]
-        .concat()
-        .into_iter()
-        .map(|(name, run)| {
-            Trial::test(name, move || run().map_err(|error| format!("{error:?}").into())).with_ignored_flag(skip)
-        })
-        .collect();
+    .concat()
+    .into_iter()
+    .map(|(name, run)| {
+        Trial::test(name, move || run().map_err(|error| format!("{error:?}").into())).with_ignored_flag(skip)
+    })
+    .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

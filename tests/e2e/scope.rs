@@ -39,23 +39,35 @@ fn node_traffic() -> Result<()> {
         }
         Ok(())
     })?;
-    let read = server.join().map_err(|_panic| anyhow::anyhow!("the server panicked"))??;
+    let read = server
+        .join()
+        .map_err(|_panic| anyhow::anyhow!("the server panicked"))??;
     ensure!(read == 5_000, "{read} bytes arrived");
     let finished = watch.stop()?;
     let packets = finished.packets()?;
     ensure!(packets.is_empty(), "recorded: {packets:#?}");
     let lines = finished.lines()?;
-    let ledger = lines.iter().rfind(|line| line["type"] == "ledger").context("a ledger")?;
+    let ledger = lines
+        .iter()
+        .rfind(|line| line["type"] == "ledger")
+        .context("a ledger")?;
     ensure!(ledger["exact"] == true, "{ledger:#}");
     let uplinks: Vec<&Value> = ledger["rows"]
         .as_array()
         .context("rows")?
         .iter()
-        .filter(|row| row["hook"].as_str().is_some_and(|hook| hook.starts_with("uplink")))
+        .filter(|row| {
+            row["hook"]
+                .as_str()
+                .is_some_and(|hook| hook.starts_with("uplink"))
+        })
         .collect();
     ensure!(uplinks.len() == 4, "two nodes, two directions: {ledger:#}");
     for row in uplinks {
-        ensure!(row["out_of_scope"].as_u64() >= Some(3), "it passed here: {ledger:#}");
+        ensure!(
+            row["out_of_scope"].as_u64() >= Some(3),
+            "it passed here: {ledger:#}"
+        );
         ensure!(row["recorded"] == 0, "it made a record: {ledger:#}");
     }
     Ok(())
@@ -90,10 +102,16 @@ fn two_labs() -> Result<()> {
     let inodes = labs
         .iter()
         .map(|lab| {
-            lab.nodes().iter().map(|node| lab.namespace(&node.name)?.inode()).collect::<Result<BTreeSet<u64>>>()
+            lab.nodes()
+                .iter()
+                .map(|node| lab.namespace(&node.name)?.inode())
+                .collect::<Result<BTreeSet<u64>>>()
         })
         .collect::<Result<Vec<_>>>()?;
-    for packet in packets.iter().filter(|packet| goes(packet, "icmp", "10.244.120.67", "10.244.205.193")) {
+    for packet in packets
+        .iter()
+        .filter(|packet| goes(packet, "icmp", "10.244.120.67", "10.244.205.193"))
+    {
         ensure!(packet["verdict"] == "delivered", "{packet:#}");
         let seen: BTreeSet<u64> = packet["observations"]
             .as_array()
@@ -112,9 +130,15 @@ fn two_labs() -> Result<()> {
 fn pods_come_and_go() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
-    let pod = lab.add_pod("late", "minikube", "late-6d4cf56db6-x7x2x", "10.244.120.90".parse()?)?;
+    let pod = lab.add_pod(
+        "late",
+        "minikube",
+        "late-6d4cf56db6-x7x2x",
+        "10.244.120.90".parse()?,
+    )?;
     watch.until("a trace of the new pod, with its name", |watch| {
-        lab.ping("late", "10.244.205.193".parse().expect("an address"), 1, &[]).is_ok()
+        lab.ping("late", "10.244.205.193".parse().expect("an address"), 1, &[])
+            .is_ok()
             && watch.packets().iter().any(|packet| {
                 goes(packet, "icmp", "10.244.120.90", "10.244.205.193")
                     && packet["flow"]["src_pod"] == pod.full_name().as_str()
@@ -134,6 +158,10 @@ fn pods_come_and_go() -> Result<()> {
     })?;
     let finished = watch.stop()?;
     ensure!(finished.status.success(), "{finished:?}");
-    ensure!(!finished.stderr.contains("warning") && !finished.stderr.contains("error"), "{}", finished.stderr);
+    ensure!(
+        !finished.stderr.contains("warning") && !finished.stderr.contains("error"),
+        "{}",
+        finished.stderr
+    );
     Ok(())
 }

@@ -31,7 +31,11 @@ pub(crate) fn binary() -> Result<PathBuf> {
         .and_then(|deps| deps.parent())
         .context("this test lies in no target folder")?
         .join("calitrace");
-    ensure!(path.exists(), "{} is not there; `cargo build -p calitrace` makes it", path.display());
+    ensure!(
+        path.exists(),
+        "{} is not there; `cargo build -p calitrace` makes it",
+        path.display()
+    );
     Ok(path)
 }
 
@@ -54,7 +58,11 @@ impl Finished {
 
     /// The packet traces among the JSON lines.
     pub(crate) fn packets(&self) -> Result<Vec<Value>> {
-        Ok(self.lines()?.into_iter().filter(|line| line["type"] == "packet").collect())
+        Ok(self
+            .lines()?
+            .into_iter()
+            .filter(|line| line["type"] == "packet")
+            .collect())
     }
 }
 
@@ -84,13 +92,19 @@ pub(crate) fn only(lab: &Lab, nodes: &[&str]) -> Vec<String> {
 
 /// The arguments `fixed`, then those that confine a run to both nodes of `lab`.
 pub(crate) fn with(lab: &Lab, fixed: &[&str]) -> Vec<String> {
-    fixed.iter().map(|&word| word.to_owned()).chain(only(lab, &[])).collect()
+    fixed
+        .iter()
+        .map(|&word| word.to_owned())
+        .chain(only(lab, &[]))
+        .collect()
 }
 
 /// The addresses of a packet trace's hops, `*` where one is not known.
 pub(crate) fn path(packet: &Value) -> Vec<String> {
     let hops = packet["hops"].as_array().map(Vec::as_slice).unwrap_or_default();
-    hops.iter().map(|hop| hop["address"].as_str().unwrap_or("*").to_owned()).collect()
+    hops.iter()
+        .map(|hop| hop["address"].as_str().unwrap_or("*").to_owned())
+        .collect()
 }
 
 /// Whether a packet trace goes from one address to another, with this protocol.
@@ -133,11 +147,20 @@ impl Watch {
                     let mut rest = Vec::new();
                     while let Ok(count @ 1..) = out.read(&mut buffer) {
                         rest.extend_from_slice(&buffer[..count]);
-                        let whole = rest.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+                        let whole = rest
+                            .iter()
+                            .rposition(|&byte| byte == b'\n')
+                            .map_or(0, |end| end + 1);
                         let text: Vec<u8> = rest.drain(..whole).collect();
-                        stdout.lock().expect("no panic holds it").push_str(&String::from_utf8_lossy(&text));
+                        stdout
+                            .lock()
+                            .expect("no panic holds it")
+                            .push_str(&String::from_utf8_lossy(&text));
                     }
-                    stdout.lock().expect("no panic holds it").push_str(&String::from_utf8_lossy(&rest));
+                    stdout
+                        .lock()
+                        .expect("no panic holds it")
+                        .push_str(&String::from_utf8_lossy(&rest));
                 }
             }),
             std::thread::spawn({
@@ -154,10 +177,18 @@ impl Watch {
                 }
             }),
         ];
-        let mut watch = Self { child, stdout, stderr, readers };
+        let mut watch = Self {
+            child,
+            stdout,
+            stderr,
+            readers,
+        };
         if ready.recv_timeout(patience()).is_err() {
             let status = watch.child.try_wait().context("ask for calitrace's status")?;
-            bail!("calitrace did not begin to observe (status {status:?}): {}", watch.stderr());
+            bail!(
+                "calitrace did not begin to observe (status {status:?}): {}",
+                watch.stderr()
+            );
         }
         Ok(watch)
     }
@@ -232,7 +263,11 @@ impl Watch {
                 bail!("a reader of calitrace's output panicked");
             }
         }
-        Ok(Finished { status, stdout: self.stdout(), stderr: self.stderr() })
+        Ok(Finished {
+            status,
+            stdout: self.stdout(),
+            stderr: self.stderr(),
+        })
     }
 }
 

@@ -30,7 +30,10 @@ fn topology_is_ip() -> Result<()> {
         for device in ours["devices"].as_array().context("devices")? {
             let name = device["name"].as_str().context("a name")?;
             let link = named(&links, name).with_context(|| format!("{name} in ip link"))?;
-            ensure!(device["ifindex"] == link["ifindex"] && device["mtu"] == link["mtu"], "{device:#}\n{link:#}");
+            ensure!(
+                device["ifindex"] == link["ifindex"] && device["mtu"] == link["mtu"],
+                "{device:#}\n{link:#}"
+            );
             let mut theirs: Vec<&str> = named(&addresses, name)
                 .and_then(|link| link["addr_info"].as_array())
                 .into_iter()
@@ -38,8 +41,12 @@ fn topology_is_ip() -> Result<()> {
                 .filter_map(|address| address["local"].as_str())
                 .collect();
             theirs.sort_unstable();
-            let mut mine: Vec<&str> =
-                device["addresses"].as_array().context("addresses")?.iter().filter_map(Value::as_str).collect();
+            let mut mine: Vec<&str> = device["addresses"]
+                .as_array()
+                .context("addresses")?
+                .iter()
+                .filter_map(Value::as_str)
+                .collect();
             mine.sort_unstable();
             ensure!(mine == theirs, "{name}: {mine:?}, ip says {theirs:?}");
         }
@@ -65,15 +72,24 @@ fn topology_is_ip() -> Result<()> {
             );
         }
         let block = node.block.to_string();
-        ensure!(ours["blocks"].as_array().is_some_and(|blocks| blocks.iter().any(|known| *known == block.as_str())));
+        ensure!(
+            ours["blocks"]
+                .as_array()
+                .is_some_and(|blocks| blocks.iter().any(|known| *known == block.as_str()))
+        );
         for pod in lab.pods().iter().filter(|pod| pod.node == node.name) {
             let known = ours["pods"]
                 .as_array()
-                .and_then(|pods| pods.iter().find(|known| known["name"] == pod.full_name().as_str()))
+                .and_then(|pods| {
+                    pods.iter()
+                        .find(|known| known["name"] == pod.full_name().as_str())
+                })
                 .with_context(|| format!("{} in {:#}", pod.full_name(), ours["pods"]))?;
             ensure!(known["interface"] == pod.interface.as_str(), "{known:#}");
             ensure!(
-                known["addresses"].as_array().is_some_and(|all| all.contains(&pod.address.to_string().into())),
+                known["addresses"]
+                    .as_array()
+                    .is_some_and(|all| all.contains(&pod.address.to_string().into())),
                 "{known:#}"
             );
         }
@@ -82,7 +98,10 @@ fn topology_is_ip() -> Result<()> {
 }
 
 fn ip(lab: &Lab, node: &str, words: &[&str]) -> Result<Value> {
-    let output = lab.exec(node, &[&["ip", "-j"], words].concat())?.output().context("run ip")?;
+    let output = lab
+        .exec(node, &[&["ip", "-j"], words].concat())?
+        .output()
+        .context("run ip")?;
     serde_json::from_slice(&output.stdout).with_context(|| format!("ip -j {words:?}"))
 }
 
@@ -92,7 +111,10 @@ fn named<'a>(list: &'a Value, name: &str) -> Option<&'a Value> {
 
 fn expected_path() -> Result<()> {
     for order in [DeviceOrder::TunnelFirst, DeviceOrder::UplinkFirst] {
-        let lab = Lab::up(&Options { order, ..Options::default() })?;
+        let lab = Lab::up(&Options {
+            order,
+            ..Options::default()
+        })?;
         let finished = run(&with(&lab, &["topology", "-o", "json"]))?;
         let topology: Value = serde_json::from_str(&finished.stdout).context("topology's JSON")?;
         for (from, to) in [("pod1", "pod2"), ("pod2", "pod1"), ("pod1", "pod3")] {
@@ -102,7 +124,8 @@ fn expected_path() -> Result<()> {
                 .as_array()
                 .and_then(|paths| {
                     paths.iter().find(|path| {
-                        path["from"] == from_pod.full_name().as_str() && path["to"] == to_pod.full_name().as_str()
+                        path["from"] == from_pod.full_name().as_str()
+                            && path["to"] == to_pod.full_name().as_str()
                     })
                 })
                 .with_context(|| format!("{from} to {to} in {:#}", topology["paths"]))?;
@@ -112,7 +135,10 @@ fn expected_path() -> Result<()> {
                 .iter()
                 .map(|hop| hop["address"].as_str().unwrap_or("*"))
                 .collect();
-            ensure!(ours == said, "{order:?} {from} to {to}: {ours:?}, traceroute {said:?}");
+            ensure!(
+                ours == said,
+                "{order:?} {from} to {to}: {ours:?}, traceroute {said:?}"
+            );
         }
     }
     Ok(())
@@ -129,13 +155,21 @@ fn doctor() -> Result<()> {
     if !has_kprobes {
         for what in ["kprobes", "fentry", "ipip"] {
             let line = well.stdout.lines().find(|line| line.contains(what));
-            ensure!(line.is_some_and(|line| line.contains('✗')), "{what} is missing here: {}", well.stdout);
+            ensure!(
+                line.is_some_and(|line| line.contains('✗')),
+                "{what} is missing here: {}",
+                well.stdout
+            );
         }
     }
     ensure!(!well.stdout.contains("default route"), "{}", well.stdout);
     lab.delete_default_route("minikube")?;
     let ill = run(&with(&lab, &["doctor"]))?;
-    let line = ill.stdout.lines().find(|line| line.contains("default route")).with_context(|| ill.stdout.clone())?;
+    let line = ill
+        .stdout
+        .lines()
+        .find(|line| line.contains("default route"))
+        .with_context(|| ill.stdout.clone())?;
     ensure!(line.contains("minikube") && line.contains('✗'), "{line}");
     Ok(())
 }

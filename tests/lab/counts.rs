@@ -71,13 +71,17 @@ pub(crate) fn tcp_without_offloads() -> Result<()> {
         "the client counted {:?}, captured {out}, {back}",
         client.segments
     );
-    // The socket that was accepted did not send the SYN-ACK itself.
+    // The socket that was accepted did not send the SYN-ACK itself, nor see a handshake that was repeated
+    // before it existed, as happens on a slow machine.
     let accepted = &served[0].segments;
-    let counted = (accepted.segments_out as usize + 1, accepted.segments_in as usize);
+    let repeated = (client.segments.retransmitted + accepted.retransmitted) as usize;
+    let unseen = (
+        back.checked_sub(accepted.segments_out as usize + 1),
+        out.checked_sub(accepted.segments_in as usize),
+    );
     ensure!(
-        counted == (back, out),
-        "the server counted {:?}, captured {back}, {out}",
-        served[0].segments
+        matches!(unseen, (Some(sent), Some(received)) if sent <= repeated && received <= repeated),
+        "the server counted {accepted:?}, captured {back}, {out}"
     );
     ensure!(served[0].sent == client.received && served[0].received == client.sent);
     Ok(())

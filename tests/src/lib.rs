@@ -16,7 +16,7 @@ pub mod traffic;
 pub mod wait;
 
 pub use inventory::Inventory;
-pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
 pub use lab::netfilter::Policy;
+pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
 pub use namespace::Namespace;
 pub use wait::{patience, wait_until};
