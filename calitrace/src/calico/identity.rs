@@ -62,6 +62,11 @@ impl Home {
         })
     }
 
+    /// It has a root: what is written there later will be found.
+    pub(super) fn is_complete(&self) -> bool {
+        self.root.is_some()
+    }
+
     /// The node's name: Calico's own file, else its host name if it has one of its own.
     pub(super) fn node_name(&self) -> Result<Option<String>> {
         if let Some(root) = &self.root
@@ -145,10 +150,11 @@ struct Wanted<'a> {
 
 impl Wanted<'_> {
     fn offer(&mut self, named: &Named) {
+        let candidates = named.interfaces(self.prefixes);
         if let Some(at) = self
             .interfaces
             .iter()
-            .position(|interface| named.is_behind(interface, self.prefixes))
+            .position(|wanted| candidates.iter().any(|name| name == wanted))
         {
             self.known
                 .insert(self.interfaces.swap_remove(at).to_owned(), named.full_name());

@@ -51,7 +51,7 @@ impl Default for Options {
     }
 }
 
-/// The Calico nodes on this host, by inode number of their namespaces, with their clusters. A namespace that vanishes while
+/// The Calico nodes on this host, by name, with their clusters. A namespace that vanishes while
 /// it is looked at is none.
 pub fn discover(options: &Options) -> Result<Vec<NodeView>> {
     let found = netns::list()?;
@@ -90,7 +90,7 @@ pub fn discover(options: &Options) -> Result<Vec<NodeView>> {
             }
         }
     }
-    nodes.sort_by_key(NodeView::netns);
+    nodes.sort_by(|one, other| (&one.node.name, one.netns()).cmp(&(&other.node.name, other.netns())));
     cluster::assign(&mut nodes, &handles)?;
     Ok(nodes)
 }

@@ -38,13 +38,15 @@ impl Named {
         format!("{}/{}", self.namespace, self.pod)
     }
 
-    /// Whether it is the pod behind `interface`: the file says so, or, where it does not name one, the SHA-1 rule does.
-    pub(super) fn is_behind(&self, interface: &str, prefixes: &[String]) -> bool {
+    /// The names that its workload interface may have: the one that the file tells, else what the SHA-1 rule says for
+    /// each prefix.
+    pub(super) fn interfaces(&self, prefixes: &[String]) -> Vec<String> {
         match &self.interface {
-            Some(named) => named == interface,
+            Some(interface) => vec![interface.clone()],
             None => prefixes
                 .iter()
-                .any(|prefix| workload_interface(prefix, &self.namespace, &self.pod) == interface),
+                .map(|prefix| workload_interface(prefix, &self.namespace, &self.pod))
+                .collect(),
         }
     }
 }
@@ -265,8 +267,7 @@ mod tests {
         assert_eq!(named.full_name(), "default/busybox-f5945bfb5-mw26t");
         assert_eq!(named.interface.as_deref(), Some("cali8d02ed71817"));
         assert_eq!(named.addresses, ["10.244.120.67".parse::<IpAddr>().unwrap()]);
-        assert!(named.is_behind("cali8d02ed71817", &cali()));
-        assert!(!named.is_behind("cali79f33e4263e", &cali()));
+        assert_eq!(named.interfaces(&cali()), ["cali8d02ed71817"]);
     }
 
     #[test]
@@ -282,8 +283,7 @@ mod tests {
         let text = String::from_utf8_lossy(CNI).replace("interfaces", "others");
         let named = cni_result(text.as_bytes()).unwrap();
         assert_eq!(named.interface, None);
-        assert!(named.is_behind("cali79f33e4263e", &cali()));
-        assert!(!named.is_behind("cali8d02ed71817", &cali()));
+        assert_eq!(named.interfaces(&cali()), ["cali79f33e4263e"]);
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct NodeView {
     /// Asks this node's kernel for routes and hop addresses.
     pub lookup: Arc<Lookup>,
     home: Arc<Home>,
+    /// Names of the namespace under `/run/netns`.
+    mount_names: Vec<String>,
     options: Arc<Options>,
 }
 
@@ -58,18 +60,12 @@ impl NodeView {
         };
         let home = Home::find(found)?;
         let lookup = Arc::new(Lookup::open(&found.handle)?);
-        let services = services(options, &home)?;
-        let addresses = addresses(&snapshot);
-        let name = home
-            .node_name()?
-            .or_else(|| found.names.first().cloned())
-            .or_else(|| Some(addresses.first()?.to_string()));
         let node = event::Node {
             time: 0,
             netns: found.inode(),
-            name: name.unwrap_or_else(|| found.inode().to_string()),
+            name: String::new(),
             cluster: super::cluster::number(found.inode()),
-            addresses,
+            addresses: Vec::new(),
         };
         let mut view = Self {
             handle: found.handle.clone(),
@@ -77,29 +73,38 @@ impl NodeView {
             interfaces: Vec::new(),
             routes: Vec::new(),
             pods: Vec::new(),
-            services,
+            services: Vec::new(),
             scope: Vec::new(),
             local_blocks: Vec::new(),
             remote_blocks: Vec::new(),
             snapshot,
             lookup,
             home: Arc::new(home),
+            mount_names: found.names.clone(),
             options: Arc::clone(options),
         };
         view.fill(anatomy, &[], Some(all))?;
         Ok(Some(view))
     }
 
-    /// Looks at the same node again; `None` if it is none any more. Files are read only for pods that have no name yet, so
-    /// this may run at every notice of change. Name, services and cluster stay as they are.
+    /// Looks at the same node again; `None` if it is none any more. Pods that have a name keep it and no file is read for
+    /// them, so this may run at every notice of change. The cluster stays as it is.
     pub fn refresh(&self) -> Result<Option<Self>> {
         let snapshot = Snapshot::read(&self.handle)?;
         let Some(anatomy) = Anatomy::of(&snapshot, &self.options.interface_prefixes) else {
             return Ok(None);
         };
         let mut view = self.clone();
-        view.node.addresses = addresses(&snapshot);
         view.snapshot = snapshot;
+        if !self.home.is_complete() {
+            // The node's first process may have come after its devices.
+            let found = netns::list()?
+                .into_iter()
+                .find(|found| found.inode() == self.netns());
+            if let Some(found) = found {
+                view.home = Arc::new(Home::find(&found)?);
+            }
+        }
         view.fill(anatomy, &self.pods, None)?;
         Ok(Some(view))
     }
@@ -130,6 +135,9 @@ impl NodeView {
     }
 
     fn fill(&mut self, anatomy: Anatomy, known: &[event::Pod], all: Option<&[Handle]>) -> Result<()> {
+        self.node.addresses = addresses(&self.snapshot);
+        self.node.name = self.read_name()?;
+        self.services = services(&self.options, &self.home)?;
         self.pods = self.read_pods(&anatomy, known, all)?;
         let uplinks = self.uplinks(&anatomy)?;
         self.interfaces = self.read_interfaces(&anatomy, &uplinks);
@@ -148,6 +156,17 @@ impl NodeView {
         self.local_blocks = anatomy.local_blocks;
         self.remote_blocks = anatomy.remote_blocks;
         Ok(())
+    }
+
+    /// Its own name, else that of its namespace, else its first address.
+    fn read_name(&self) -> Result<String> {
+        let address = || self.node.addresses.first().map(ToString::to_string);
+        let name = self
+            .home
+            .node_name()?
+            .or_else(|| self.mount_names.first().cloned())
+            .or_else(address);
+        Ok(name.unwrap_or_else(|| self.netns().to_string()))
     }
 
     fn read_pods(

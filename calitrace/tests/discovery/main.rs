@@ -13,7 +13,7 @@ use calitrace::{
     calico::{self, NodeView, Options, facts_changed},
     event::{EncapKind, Fact, Role, RouteKind},
     netns,
-    route::{Lookup, Monitor},
+    route::{Changes, Lookup, Monitor},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use rig::{Lab, POD1, POD2, Result};
@@ -38,7 +38,13 @@ fn main() {
         ),
         trial("two_labs_are_two_clusters", two_labs_are_two_clusters),
         trial("what_is_no_node_is_none", what_is_no_node_is_none),
+        trial(
+            "a_monitor_tells_which_tables_changed",
+            a_monitor_tells_which_tables_changed,
+        ),
         trial("changes_are_told", changes_are_told),
+        trial("doctor_command", told::doctor_command),
+        trial("topology_command", told::topology_command),
         trial("topology_is_what_ip_says", told::topology_is_what_ip_says),
         trial(
             "expected_paths_follow_the_kernels",
@@ -233,6 +239,29 @@ fn hop_addresses_are_the_kernels() -> Result<()> {
         nodes[1].lookup.hop_address(addr(POD2.address), None)?,
         Some(addr("192.168.49.3"))
     );
+    // IPv6 has no tunnel here; node 1 has a pod with an address on a device without one.
+    rig::ip(
+        &lab.node1,
+        &format!(
+            "addr add fd00:49::2/64 dev eth0 nodad\naddr add fd00:10:244::40/128 dev vxlan.calico nodad\n\
+             route add fd00:10:244::43/128 dev {}\nroute add default via fd00:49::1",
+            POD1.interface
+        ),
+    )?;
+    for towards in ["fd00:10:244::43", "fd00:49::9", "2001:db8::1"] {
+        let said = rig::json(
+            &lab.node1,
+            &["-6", "route", "get", towards, "ipproto", "ipv6-icmp"],
+        )?;
+        let seen = nodes[0]
+            .lookup
+            .hop_address(addr(towards), None)?
+            .map(|address| address.to_string());
+        assert!(
+            seen.is_some() && seen.as_deref() == said[0]["prefsrc"].as_str(),
+            "{seen:?} {said:?} towards {towards}"
+        );
+    }
     // A blackhole sends nothing back.
     assert_eq!(nodes[0].lookup.hop_address(addr("10.244.120.100"), None)?, None);
 
@@ -293,6 +322,11 @@ fn names_come_from_the_nodes_own_root() -> Result<()> {
         POD2.name, POD2.interface, POD2.address
     );
     lab.file(&lab.root2, "var/lib/cni/results/k8s-pod-network-1f-eth0", &cni)?;
+    let early = discover(&[&lab.node1])?.remove(0);
+    assert_eq!(
+        early.node.name, lab.node1,
+        "without a process there is only the namespace's name"
+    );
     let _inside = [
         rig::live_in(&lab.node1, &lab.root1)?,
         rig::live_in(&lab.node2, &lab.root2)?,
@@ -311,6 +345,14 @@ fn names_come_from_the_nodes_own_root() -> Result<()> {
     );
     assert_eq!(nodes[0].services, ["10.100.0.0/16".parse()?]);
     assert!(!nodes[0].has_unnamed_pods());
+
+    let late = early.refresh()?.expect("still a node");
+    // Its cluster is another matter: it was looked at alone.
+    assert_eq!(
+        (&late.node.name, &late.pods),
+        (&nodes[0].node.name, &nodes[0].pods)
+    );
+    assert_eq!(late.services, nodes[0].services);
 
     // Only the kubelet's logs left: the SHA-1 rule finds the pod among them. A later look finds what was not there before.
     std::fs::remove_dir_all(lab.root2.join("var/lib/cni"))?;
@@ -387,11 +429,52 @@ fn what_is_no_node_is_none() -> Result<()> {
     Ok(())
 }
 
+/// In a namespace where nothing happens by itself, as carriers and duplicate address detection make it elsewhere.
+fn a_monitor_tells_which_tables_changed() -> Result<()> {
+    let name = rig::Named::new()?;
+    let handle = netns::resolve(name.as_str(), &netns::list()?)?.handle;
+    let mut monitor = Monitor::open(&handle)?;
+    assert_eq!(monitor.drain()?, Changes::default());
+    let none = Changes::default();
+    for (change, expected) in [
+        (
+            "link add br0 type bridge",
+            Changes {
+                links: true,
+                neighbours: true,
+                ..none
+            },
+        ),
+        (
+            "addr add 192.0.2.1/24 dev br0",
+            Changes {
+                addresses: true,
+                routes: true,
+                ..none
+            },
+        ),
+        (
+            "route add blackhole 198.51.100.0/26",
+            Changes { routes: true, ..none },
+        ),
+        (
+            "neigh add 192.0.2.2 lladdr 66:00:00:00:00:01 dev br0 nud permanent",
+            Changes {
+                neighbours: true,
+                ..none
+            },
+        ),
+    ] {
+        rig::ip(name.as_str(), change)?;
+        assert_eq!(monitor.drain()?, expected, "{change}");
+    }
+    Ok(())
+}
+
 fn changes_are_told() -> Result<()> {
     let lab = Lab::up()?;
     let old = discover(&[&lab.node1])?.remove(0);
     let mut monitor = Monitor::open(&old.handle)?;
-    assert!(!monitor.drain()?.any(), "nothing has changed yet");
     lab.add_pod("caliaaaaaaaaaaa", "10.244.120.70")?;
     let changes = rig::wait_for("a notice of the new pod", || {
         Ok(Some(monitor.drain()?).filter(|c| c.links || c.routes))

@@ -43,7 +43,27 @@ pub(crate) struct Lab {
     pub(crate) root1: PathBuf,
     pub(crate) root2: PathBuf,
     directory: tempfile::TempDir,
-    prefix: String,
+}
+
+/// A namespace of its own, empty.
+pub(crate) struct Named(String);
+
+impl Named {
+    pub(crate) fn new() -> Result<Self> {
+        let name = unique();
+        run(Command::new("ip").args(["netns", "add", &name]))?;
+        Ok(Self(name))
+    }
+
+    pub(crate) fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
 }
 
 /// A process that ends with its owner.
@@ -60,12 +80,7 @@ impl Drop for Inside {
 impl Lab {
     /// Node 1's tunnel device is made before its uplink, as in minikube; node 2's after it, as on a machine.
     pub(crate) fn up() -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let prefix = format!(
-            "disc{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
+        let prefix = unique();
         let directory = tempfile::tempdir()?;
         let (root1, root2) = (directory.path().join("1"), directory.path().join("2"));
         let name = |suffix: &str| format!("{prefix}-{suffix}");
@@ -78,7 +93,6 @@ impl Lab {
             root1,
             root2,
             directory,
-            prefix: prefix.clone(),
         };
         for namespace in lab.namespaces() {
             run(Command::new("ip").args(["netns", "add", namespace]))?;
@@ -211,9 +225,7 @@ impl Lab {
 impl Drop for Lab {
     fn drop(&mut self) {
         for namespace in self.namespaces() {
-            if let Err(error) = run(Command::new("ip").args(["netns", "del", namespace])) {
-                say(&format!("{}: {error:#}", self.prefix));
-            }
+            remove(namespace);
         }
     }
 }
@@ -294,6 +306,22 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<Option<T>>
         std::thread::sleep(Duration::from_millis(5));
     }
     bail!("waited {limit:?} in vain for {what}")
+}
+
+/// A name that nobody else uses.
+fn unique() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!(
+        "disc{}-{}",
+        std::process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    )
+}
+
+fn remove(namespace: &str) {
+    if let Err(error) = run(Command::new("ip").args(["netns", "del", namespace])) {
+        say(&format!("{error:#}"));
+    }
 }
 
 pub(crate) fn say(line: &str) {

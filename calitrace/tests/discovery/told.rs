@@ -1,6 +1,8 @@
 //! What `topology` and `doctor` tell of a node, against `ip`, routes and settings.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, process::Command};
+
+use anyhow::Context as _;
 
 use calitrace::calico::{
     NodeView,
@@ -70,6 +72,95 @@ pub(crate) fn topology_is_what_ip_says() -> Result<()> {
             .collect();
         assert_eq!(ours, said);
     }
+    Ok(())
+}
+
+/// The command itself, as a user runs it.
+pub(crate) fn topology_command() -> Result<()> {
+    let lab = Lab::up()?;
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_calitrace"));
+        command
+            .arg("topology")
+            .args(arguments)
+            .output()
+            .context("run calitrace topology")
+    };
+    let output = run(&["-o", "json", "--netns", &lab.node1, "--netns", &lab.node2])?;
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let told: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let names: Vec<_> = told["nodes"]
+        .as_array()
+        .expect("nodes")
+        .iter()
+        .map(|node| &node["name"])
+        .collect();
+    assert_eq!(names.len(), 2);
+    let mut paths = told["paths"].as_array().expect("paths").iter();
+    let path = paths
+        .find(|path| path["from"]["address"] == POD1.address)
+        .expect("a path from pod 1");
+    let hops: Vec<_> = path["hops"]
+        .as_array()
+        .expect("hops")
+        .iter()
+        .map(|hop| &hop["address"])
+        .collect();
+    assert_eq!(hops, ["10.244.120.64", "10.244.205.192", POD2.address]);
+
+    let text = run(&["--netns", &lab.node1])?;
+    assert!(text.status.success());
+    let text = String::from_utf8(text.stdout)?;
+    assert!(
+        text.contains(" 2  10.244.205.192  192.168.49.3  (inferred)"),
+        "{text}"
+    );
+    let none = run(&["--netns", &lab.pod1])?;
+    assert_eq!(none.status.code(), Some(4));
+    let said = String::from_utf8(none.stderr)?;
+    assert!(
+        said.contains("no Calico node in the network namespace") && said.contains("cali*"),
+        "{said}"
+    );
+    Ok(())
+}
+
+/// The command itself, with a fault in the node.
+pub(crate) fn doctor_command() -> Result<()> {
+    let lab = Lab::up()?;
+    rig::ip(&lab.node1, "route del default")?;
+    let run = |arguments: &[&str]| -> Result<String> {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_calitrace"));
+        let output = command
+            .arg("doctor")
+            .args(arguments)
+            .output()
+            .context("run calitrace doctor")?;
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    let told = run(&["--netns", &lab.node1])?;
+    assert!(told.contains("There is no default route"), "{told}");
+    // Whether the kernel has these is its own affair; that each is judged, and says why, is ours.
+    for name in ["kprobes", "fentry", "ipip", "btf"] {
+        let line = told
+            .lines()
+            .find(|line| line.split_whitespace().nth(1) == Some(name));
+        assert!(
+            line.is_some_and(|line| line.starts_with(['✓', '✗'])),
+            "{name}: {told}"
+        );
+    }
+    let told = run(&["--netns", &lab.pod1])?;
+    assert!(told.contains("no Calico node in the network namespace"), "{told}");
     Ok(())
 }
 

@@ -29,7 +29,7 @@ pub struct Topology {
     pub kind: &'static str,
     /// [`VERSION`].
     pub version: u32,
-    /// The nodes, by inode number of their namespaces.
+    /// The nodes, by name.
     pub nodes: Vec<Node>,
     /// For each node: from its first pod to its second, and to the first pod of each other node of its cluster; to the
     /// first address of a remote block whose node is not looked at.
