@@ -37,6 +37,8 @@ struct Way<'a> {
     /// At the sender.
     ttl: u8,
     hops: Vec<Hop>,
+    /// It leads out of the cluster: how many routers follow the last is not known.
+    open_ended: bool,
 }
 
 impl<'a> Way<'a> {
@@ -48,6 +50,7 @@ impl<'a> Way<'a> {
             topology,
             ttl: first.ttl,
             hops: Vec::new(),
+            open_ended: false,
         };
         let source = trace.flow.src;
         if way.is_sender(first, source) {
@@ -193,7 +196,10 @@ impl<'a> Way<'a> {
             }
         };
         let mut sightings = trace.seen.iter().filter(here);
-        let Some(first) = sightings.next() else { return };
+        let Some(first) = sightings.next() else {
+            let node = self.topology.node_of(trace.cluster, trace.current.dst);
+            return self.receiver_inferred(node.and_then(|node| self.topology.name(node).cloned()));
+        };
         let last = sightings.next_back().unwrap_or(first);
         let number = self.ttl.saturating_sub(last.ttl).saturating_add(1);
         let (arrived, left) = (self.elapsed(first), self.elapsed(last));
@@ -229,7 +235,7 @@ impl<'a> Way<'a> {
             return self.receiver_inferred(None);
         };
         let Some(remote) = beyond.remote_node.or_else(|| beyond.encap.and(Some(gateway))) else {
-            // Out of the cluster: who comes after the gateway is not known here.
+            self.open_ended = true;
             return self.inferred(Some(gateway), None);
         };
         let shown = self.topology.shown(last.node, remote);
@@ -283,20 +289,16 @@ impl<'a> Way<'a> {
         let Some(answered) = self.trace.answered else {
             return;
         };
-        let number = match answered.kind {
+        let by_receiver =
+            answered.address == self.trace.flow.dst || answered.address == self.trace.current.dst;
+        let known = self.hops.iter().find(|hop| hop.address == Some(answered.address));
+        let number = match (answered.kind, known) {
             // The TTL says which router it ran out at.
-            AnswerKind::TimeExceeded => self.ttl.max(1),
-            _ if answered.address == self.trace.flow.dst || answered.address == self.trace.current.dst => {
-                self.receiver_number()
-            }
-            _ => match self
-                .hops
-                .iter()
-                .position(|hop| hop.address == Some(answered.address))
-            {
-                Some(index) => self.hops[index].ttl,
-                None => u8::try_from(self.hops.len()).unwrap_or(u8::MAX).max(1),
-            },
+            (AnswerKind::TimeExceeded, _) => self.ttl.max(1),
+            (_, Some(hop)) if !by_receiver => hop.ttl,
+            _ if self.open_ended => return,
+            _ if by_receiver => self.receiver_number(),
+            _ => u8::try_from(self.hops.len()).unwrap_or(u8::MAX).max(1),
         };
         if answered.kind == AnswerKind::TimeExceeded {
             self.hops.truncate(usize::from(number));

@@ -56,20 +56,33 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
     }
 }
 
-/// Whether a `kfree_skb` in the receiver's stack is the ordinary end of a packet that was received.
+/// Whether a `kfree_skb` after receipt is the ordinary end of a packet, or of a copy of it.
 ///
+/// * A socket that is closed frees what still lies in its queues: each FIN that was not read, and the copies that raw
+///   sockets (ping, traceroute) were given (`inet_sock_destruct`, `net/ipv4/af_inet.c`; `sk_stream_kill_queues`,
+///   `net/core/stream.c`; 6.1 and 6.18; the reason has a name since 6.6).
 /// * Echo replies: raw sockets get their copies before `icmp_rcv` hands the packet to `ping_rcv`, which frees it for
 ///   want of a ping socket (`ip_protocol_deliver_rcu`, `net/ipv4/ip_input.c`; `net/ipv4/ping.c`; 6.1 and 6.18). So
 ///   every reply to a ping or traceroute with a raw socket ends that way.
-/// * TCP in `TIME_WAIT`: `tcp_v4_rcv` frees each segment after it was answered, without a reason (label `discard_it`
-///   after `do_time_wait`, `net/ipv4/tcp_ipv4.c`). So the last FIN of every connection ends that way.
+/// * TCP in `TIME_WAIT` or half open: `tcp_v4_rcv` frees what it has dealt with, without a reason (labels `discard_it`
+///   and `discard_and_relse`, `net/ipv4/tcp_ipv4.c`). So the last FIN of a connection may end, and the RST that ends a
+///   half-open one does.
 pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
+    const CLOSING: [&str; 4] = [
+        "inet_sock_destruct",
+        "sk_stream_kill_queues",
+        "skb_queue_purge",
+        "skb_queue_purge_reason",
+    ];
     let reason = drop.reason.as_deref();
     let at = |names: &[&str]| {
         drop.location
             .as_deref()
             .is_some_and(|location| names.contains(&location))
     };
+    if reason == Some("QUEUE_PURGE") || at(&CLOSING) {
+        return true;
+    }
     match part {
         Part::Echo { reply: true, .. } => reason == Some("NO_SOCKET"),
         Part::Tcp { .. } | Part::TcpData { .. } => {
