@@ -88,6 +88,22 @@ impl Logs {
         self.path(name)
     }
 
+    /// A log of what happens in a scenario of the workspace's tests.
+    fn scenario(&self, name: &str) -> PathBuf {
+        let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/scenarios"));
+        let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+        let mut log = serde_json::to_string(&header()).unwrap() + "\n";
+        for line in read(&format!("{name}.jsonl")).lines() {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            match line["include"].as_str() {
+                Some(facts) => log += &read(facts),
+                None => log += &format!("{line}\n"),
+            }
+        }
+        log += &serde_json::to_string(&Item::End { time: u64::MAX }).unwrap();
+        self.bytes(&format!("{name}.jsonl"), log.as_bytes())
+    }
+
     fn read(&self, args: &[&str]) -> Run {
         let mut run = finish(command(args).current_dir(self.0.path()));
         run.stderr = run.stderr.replace(&self.0.path().display().to_string(), "");
@@ -451,4 +467,49 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         (output.status.code(), output.stderr.as_slice()),
         (Some(0), b"".as_slice())
     );
+}
+
+#[test]
+fn the_seed_reads_as_text() {
+    let logs = Logs::new();
+    logs.scenario("seed");
+    let run = logs.read(&["read", "seed.jsonl", "--from", "default/busybox-f5945bfb5-mw26t"]);
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    insta::assert_snapshot!(run.stdout, @r#"
+    default/busybox-f5945bfb5-mw26t → default/busybox-f5945bfb5-mwgr6   ICMP echo   1 packet, 0 lost   round trip 0.043 ms
+    traceroute to 10.244.205.193 (10.244.205.193), 3 hops max, 84 byte packets
+     1  10.244.120.64 (10.244.120.64)  0.007 ms
+          minikube: cali8d02ed71817 → tunl0 IPIP 192.168.49.2 → 192.168.49.3 → eth0
+     2  10.244.205.192 (10.244.205.192)  0.017 ms
+          minikube-m02: eth0 → tunl0 → cali79f33e4263e
+     3  10.244.205.193 (10.244.205.193)  0.017 ms
+    "#);
+}
+
+#[test]
+fn the_seed_reads_as_traceroute() {
+    let logs = Logs::new();
+    logs.scenario("seed-traceroute");
+    let run = logs.read(&["read", "seed-traceroute.jsonl", "-o", "traceroute"]);
+    insta::assert_snapshot!(run.stdout, @r#"
+    traceroute to 10.244.205.193 (10.244.205.193), 3 hops max, 46 byte packets
+     1  10.244.120.64 (10.244.120.64)  0.004 ms
+     2  10.244.205.192 (10.244.205.192)  0.028 ms
+     3  10.244.205.193 (10.244.205.193)  0.032 ms
+    "#);
+}
+
+#[test]
+fn the_seed_reads_as_json_and_the_count_stops_it() {
+    let logs = Logs::new();
+    logs.scenario("seed");
+    let all = logs.read(&["read", "seed.jsonl", "-o", "json"]);
+    let first = logs.read(&["read", "seed.jsonl", "-o", "json", "-c", "1"]);
+    assert_eq!(all.stdout.lines().count(), 2);
+    assert_eq!(
+        first.stdout.lines().collect::<Vec<_>>(),
+        all.stdout.lines().take(1).collect::<Vec<_>>()
+    );
+    let dropped = logs.read(&["read", "seed.jsonl", "-o", "json", "--dropped"]);
+    assert_eq!((dropped.code, dropped.stdout.as_str()), (0, ""));
 }

@@ -1,8 +1,9 @@
 //! Event logs as a source: one, or several merged in order of time.
 //!
 //! Knows files and their clocks, nothing of what items are for. Within a file the order stays as it is (facts before
-//! their first use); between files the item with the lowest time comes first. Files of other machines (of another boot
-//! id) are moved to the first file's clock by the clock facts of both.
+//! their first use); between files the item with the lowest time comes first. What makes them comparable is
+//! [`super::machine`]'s: files of other machines (of another boot id) are moved to the first file's clock by the clock
+//! facts of both.
 
 use std::{
     collections::VecDeque,
@@ -13,6 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+use super::machine::{Machine, join_clusters};
 use crate::event::{Fact, Header, Item, Ledger, LogReader};
 
 /// Event logs, read together.
@@ -29,8 +31,8 @@ struct Log {
     header: Header,
     /// What was read ahead.
     ahead: VecDeque<Item>,
-    /// What its times need to be on the first file's clock.
-    shift: i128,
+    /// What its numbers mean beside those of the others.
+    machine: Machine,
     /// Highest time handed on: a file's place in the order never goes back.
     time: u64,
     /// Its latest ledger.
@@ -46,14 +48,8 @@ impl Files {
             .iter()
             .map(|path| Log::open(path))
             .collect::<Result<Vec<Log>>>()?;
-        if let Some((first, others)) = files.split_first_mut() {
-            let boot_id = first.header.boot_id.clone();
-            if others.iter().any(|other| other.header.boot_id != boot_id) {
-                let clock = first.clock()?;
-                for other in others.iter_mut().filter(|other| other.header.boot_id != boot_id) {
-                    other.shift = other.clock()? - clock;
-                }
-            }
+        if files.len() > 1 {
+            make_comparable(&mut files)?;
         }
         let header = files.first().map(|first| {
             let mut header = first.header.clone();
@@ -130,6 +126,31 @@ impl Files {
     }
 }
 
+/// Puts several logs on one clock and tells their namespaces and clusters apart.
+fn make_comparable(files: &mut [Log]) -> Result<()> {
+    let mut boots: Vec<String> = Vec::new();
+    for file in files.iter_mut() {
+        file.read_first_facts()?;
+        let boot = boots.iter().position(|boot| *boot == file.header.boot_id);
+        file.machine.number = u32::try_from(boot.unwrap_or(boots.len())).unwrap_or(u32::MAX);
+        if boot.is_none() {
+            boots.push(file.header.boot_id.clone());
+        }
+    }
+    if boots.len() > 1 {
+        let first = files[0].clock()?;
+        for file in files.iter_mut().filter(|file| file.machine.number != 0) {
+            file.machine.behind = file.clock()? - first;
+        }
+    }
+    let (mut machines, logs): (Vec<&mut Machine>, Vec<&[Item]>) = files
+        .iter_mut()
+        .map(|file| (&mut file.machine, file.ahead.make_contiguous() as &[Item]))
+        .unzip();
+    join_clusters(&mut machines, &logs);
+    Ok(())
+}
+
 impl Iterator for Files {
     type Item = Result<Item>;
 
@@ -150,35 +171,35 @@ impl Log {
             reader,
             header,
             ahead: VecDeque::new(),
-            shift: 0,
+            machine: Machine::default(),
             time: 0,
             ledger: None,
             end: None,
         })
     }
 
-    /// Realtime minus monotonic time, by the first clock fact; it stands before the first observation.
-    fn clock(&mut self) -> Result<i128> {
-        let is_clock = |item: &Item| match item {
-            Item::Fact(Fact::Clock(clock)) => Some(i128::from(clock.realtime) - i128::from(clock.time)),
-            _ => None,
-        };
-        if let Some(clock) = self.ahead.iter().find_map(is_clock) {
-            return Ok(clock);
-        }
+    /// Reads ahead what it was known to begin with: up to the first observation.
+    fn read_first_facts(&mut self) -> Result<()> {
         while !matches!(self.ahead.back(), Some(Item::Observation(_)))
             && let Some(item) = self.reader.next().transpose()?
         {
-            let clock = is_clock(&item);
             self.ahead.push_back(item);
-            if let Some(clock) = clock {
-                return Ok(clock);
-            }
         }
-        anyhow::bail!(
-            "{} was written on another machine and says nothing of its clock: it cannot be merged",
-            self.reader.name()
-        )
+        Ok(())
+    }
+
+    /// Realtime minus monotonic time, by the first clock fact; it stands before the first observation.
+    fn clock(&self) -> Result<i128> {
+        let clock = self.ahead.iter().find_map(|item| match item {
+            Item::Fact(Fact::Clock(clock)) => Some(i128::from(clock.realtime) - i128::from(clock.time)),
+            _ => None,
+        });
+        clock.with_context(|| {
+            format!(
+                "{} does not say what its clock shows: it cannot be merged with a log of another machine",
+                self.reader.name()
+            )
+        })
     }
 
     /// Its place in the order; none when it has ended.
@@ -189,22 +210,16 @@ impl Log {
         let Some(item) = self.ahead.front() else {
             return Ok(None);
         };
-        let time = item.time().map_or(0, |time| shifted(time, self.shift));
+        let time = item.time().map_or(0, |time| self.machine.time(time));
         self.time = self.time.max(time);
         Ok(Some(self.time))
     }
 
     fn pop(&mut self) -> Option<Item> {
         let mut item = self.ahead.pop_front()?;
-        if let Some(time) = item.time_mut() {
-            *time = shifted(*time, self.shift);
-        }
+        self.machine.adopt(&mut item);
         Some(item)
     }
-}
-
-fn shifted(time: u64, shift: i128) -> u64 {
-    u64::try_from((i128::from(time) + shift).max(0)).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
@@ -350,10 +365,7 @@ mod tests {
             log(&folder, "two", "other", &[node(1, "b")]),
         ];
         let error = format!("{:#}", Files::open(&paths).unwrap_err());
-        assert!(
-            error.contains("two was written on another machine and says nothing of its clock"),
-            "{error}"
-        );
+        assert!(error.contains("two does not say what its clock shows"), "{error}");
     }
 
     #[test]

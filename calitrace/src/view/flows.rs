@@ -22,7 +22,7 @@ use crate::{
 /// How many of the latest packets a block shows: as many probes as traceroute sends for a line.
 const SHOWN: usize = 3;
 /// No more flows are kept than this; those that closed a packet longest ago go first.
-const MOST: usize = 16_384;
+const MOST: usize = 4_096;
 /// A flow that is only answers waits this long for the probes it answers, nanoseconds: a probe's trace may close a hold
 /// later than its answer's.
 const ANSWER_WAIT: u64 = 300_000_000;
@@ -32,20 +32,22 @@ const STEP: u64 = 20_000_000;
 /// A flow as its sender wrote it, within its cluster.
 type Key = (u32, Flow);
 
+/// A flow's place among others: when the packet that closed first was sent, and a number that tells flows apart.
+type Place = (u64, u64);
+
 /// Every flow.
 #[derive(Debug, Default)]
 pub(super) struct Flows {
     known: FxHashMap<Key, FlowTrace>,
     /// Flows that have something to show once it is due, in the order of their first packets.
-    pending: BTreeMap<u64, Key>,
+    pending: BTreeMap<Place, Key>,
     made: u64,
     checked: u64,
 }
 
 #[derive(Debug)]
 struct FlowTrace {
-    /// Its place in the order of first packets.
-    place: u64,
+    place: Place,
     latest: VecDeque<Arc<PacketTrace>>,
     counts: Counts,
     round_trip: Option<u64>,
@@ -72,7 +74,7 @@ impl Flows {
         let made = &mut self.made;
         let flow = self.known.entry(key).or_insert_with(|| {
             *made += 1;
-            FlowTrace::new(*made, trace.closed_monotonic)
+            FlowTrace::new((trace.start_monotonic, *made), trace.closed_monotonic)
         });
         flow.push(trace);
         if flow.changed() {
@@ -105,7 +107,7 @@ impl Flows {
             if !is_due(flow) {
                 return true;
             }
-            if flow.only_answers && runs.are_answered_by(key.0, &key.1) {
+            if flow.only_answers && runs.explain(key.0, &key.1) {
                 flows.remove(key);
                 return false;
             }
@@ -137,7 +139,7 @@ impl Flows {
 }
 
 impl FlowTrace {
-    fn new(place: u64, first_closed: u64) -> Self {
+    fn new(place: Place, first_closed: u64) -> Self {
         Self {
             place,
             latest: VecDeque::with_capacity(SHOWN),

@@ -79,15 +79,24 @@ impl Runs {
         true
     }
 
-    /// Whether packets of `flow` go back to the sender of a run, from its destination.
-    pub(super) fn are_answered_by(&self, cluster: u32, flow: &Flow) -> bool {
-        let key = Key {
+    /// Whether a flow of answers belongs to a run: it goes back to the run's sender, or it is the resets by which a TCP
+    /// traceroute's kernel answers a handshake that it knows nothing of.
+    pub(super) fn explain(&self, cluster: u32, flow: &Flow) -> bool {
+        const TCP: u8 = 6;
+        let known = |key: Key| self.open.contains_key(&key) || self.ended.contains_key(&key);
+        let Flow { proto, src, dst, .. } = *flow;
+        known(Key {
             cluster,
-            src: flow.dst,
-            dst: flow.src,
-            proto: flow.proto,
-        };
-        self.open.contains_key(&key) || self.ended.contains_key(&key)
+            src: dst,
+            dst: src,
+            proto,
+        }) || (proto == TCP
+            && known(Key {
+                cluster,
+                src,
+                dst,
+                proto,
+            }))
     }
 
     /// Appends the blocks of the runs that are over at `now`; what was no run becomes flows.

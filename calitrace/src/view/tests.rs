@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use super::{Block, Kind, SECOND, Views, sample};
-use crate::correlate::{AnswerKind, PacketTrace, Verdict};
+use crate::{
+    correlate::{AnswerKind, PacketTrace, Verdict},
+    event::Transport,
+};
 
 /// Feeds traces as they close, ticks every 10 ms, and returns the blocks with the time they were due.
 fn play(mut traces: Vec<Arc<PacketTrace>>, until: u64) -> Vec<(u64, Block)> {
@@ -227,6 +230,34 @@ fn replies_to_probes_are_no_flow_of_their_own() {
         shown.iter().map(|(_, block)| block.kind).collect::<Vec<_>>(),
         [Kind::ProbeRun]
     );
+}
+
+#[test]
+fn resets_of_handshakes_that_a_traceroute_began_are_no_flow() {
+    let tcp = |seq, flags| Transport::Tcp {
+        src_port: 40_000,
+        dst_port: 80,
+        seq,
+        ack: 0,
+        flags,
+        window: 1024,
+        tsval: None,
+        payload: 0,
+    };
+    let mut traces = sample::traceroute(0);
+    for trace in &mut traces {
+        let trace = Arc::make_mut(trace);
+        (trace.flow.flow.proto, trace.packet.transport) = (6, tcp(1, 2));
+    }
+    let reset = |number: u64| Arc::new(sample::delivered(20_000_000 + number, tcp(2, 4)));
+    traces.extend((0..3).map(reset));
+    let shown = play(traces, 10 * SECOND);
+    assert_eq!(
+        shown.iter().map(|(_, block)| block.kind).collect::<Vec<_>>(),
+        [Kind::ProbeRun]
+    );
+    // Without a traceroute they are.
+    assert_eq!(play((0..3).map(reset).collect(), 10 * SECOND).len(), 1);
 }
 
 #[test]

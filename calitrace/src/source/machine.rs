@@ -1,0 +1,245 @@
+//! What makes logs of several machines one: their clocks, namespaces and clusters are made comparable.
+//!
+//! Knows the numbers in items that mean something on one machine only, and no files. The numbers of namespaces repeat
+//! from machine to machine (the first one of each has the same), those of clusters from run to run.
+
+use std::net::IpAddr;
+
+use rustc_hash::FxHashMap;
+
+use crate::event::{Fact, Item, Netns};
+
+/// How the numbers of one log become those of the merged one. The default changes nothing.
+#[derive(Debug, Default)]
+pub(super) struct Machine {
+    /// Nanoseconds by which its clock is behind that of the first log.
+    pub(super) behind: i128,
+    /// Distinguishes its namespaces: 0 for those of the first log's machine, which keep their numbers.
+    pub(super) number: u32,
+    /// Its clusters; one that is not there keeps its number.
+    clusters: FxHashMap<u32, u32>,
+}
+
+impl Machine {
+    /// A time of this log on the first one's clock.
+    pub(super) fn time(&self, time: u64) -> u64 {
+        u64::try_from((i128::from(time) + self.behind).max(0)).unwrap_or(u64::MAX)
+    }
+
+    /// Rewrites an item of this log.
+    pub(super) fn adopt(&self, item: &mut Item) {
+        if let Some(time) = item.time_mut() {
+            *time = self.time(*time);
+        }
+        if let Item::Fact(Fact::Node(node)) = item
+            && let Some(cluster) = self.clusters.get(&node.cluster)
+        {
+            node.cluster = *cluster;
+        }
+        if self.number != 0 {
+            namespaces(item, |netns| {
+                // 0 is no namespace anywhere. Inode numbers take the lower half.
+                if *netns != 0 {
+                    *netns |= u64::from(self.number) << 32;
+                }
+            });
+        }
+    }
+}
+
+/// Finds the clusters that are one: a tunnel or route gateway of the one is an address of the other. `logs` are the
+/// facts that each log begins with.
+pub(super) fn join_clusters(machines: &mut [&mut Machine], logs: &[&[Item]]) {
+    let mut of_address: FxHashMap<IpAddr, Vec<usize>> = FxHashMap::default();
+    let mut classes: Vec<(usize, u32)> = Vec::new();
+    let mut of_node: FxHashMap<(usize, Netns), usize> = FxHashMap::default();
+    for (log, node) in facts(logs).filter_map(|(log, fact)| match fact {
+        Fact::Node(node) => Some((log, node)),
+        _ => None,
+    }) {
+        let class = (log, node.cluster);
+        let index = classes
+            .iter()
+            .position(|known| *known == class)
+            .unwrap_or(classes.len());
+        if index == classes.len() {
+            classes.push(class);
+        }
+        of_node.insert((log, node.netns), index);
+        for address in &node.addresses {
+            of_address.entry(*address).or_default().push(index);
+        }
+    }
+    // Each class points to the lowest one it is joined to.
+    let mut joined: Vec<usize> = (0..classes.len()).collect();
+    for (log, fact) in facts(logs) {
+        let Fact::Routes { netns, routes, .. } = fact else {
+            continue;
+        };
+        let Some(&here) = of_node.get(&(log, *netns)) else {
+            continue;
+        };
+        let gateways = routes
+            .iter()
+            .flat_map(|route| [route.gateway, route.remote_node])
+            .flatten();
+        for there in gateways.filter_map(|gateway| of_address.get(&gateway)).flatten() {
+            // Two clusters of one log are two, whatever their addresses.
+            if classes[*there].0 != log {
+                let (low, high) = (joined[here].min(joined[*there]), joined[here].max(joined[*there]));
+                joined
+                    .iter_mut()
+                    .filter(|class| **class == high)
+                    .for_each(|class| *class = low);
+            }
+        }
+    }
+    for (class, (log, cluster)) in classes.iter().enumerate() {
+        let number = u32::try_from(joined[class]).unwrap_or(u32::MAX);
+        machines[*log].clusters.insert(*cluster, number);
+    }
+}
+
+fn facts<'a>(logs: &[&'a [Item]]) -> impl Iterator<Item = (usize, &'a Fact)> {
+    logs.iter().enumerate().flat_map(|(log, items)| {
+        items.iter().filter_map(move |item| match item {
+            Item::Fact(fact) => Some((log, fact)),
+            _ => None,
+        })
+    })
+}
+
+/// Every namespace that an item names.
+fn namespaces(item: &mut Item, mut change: impl FnMut(&mut Netns)) {
+    match item {
+        Item::Observation(observation) => change(&mut observation.netns),
+        Item::Fact(fact) => match fact {
+            Fact::Node(node) => change(&mut node.netns),
+            Fact::Interface(interface) => change(&mut interface.netns),
+            Fact::Pod(pod) => {
+                change(&mut pod.netns);
+                pod.pod_netns.iter_mut().for_each(change);
+            }
+            Fact::Routes { netns, .. } => change(netns),
+            Fact::HopAddress(hop) => change(&mut hop.netns),
+            Fact::Attachment(attachment) => change(&mut attachment.netns),
+            Fact::Services { .. } | Fact::Clock(_) => {}
+        },
+        Item::Ledger(ledger) => ledger
+            .rows
+            .iter_mut()
+            .filter_map(|row| row.netns.as_mut())
+            .for_each(change),
+        Item::Header(_) | Item::Tick { .. } | Item::End { .. } => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{EncapKind, Ledger, LedgerRow, Node, Route, RouteKind};
+
+    fn node(netns: Netns, cluster: u32, address: &str) -> Item {
+        let addresses = vec![address.parse().unwrap()];
+        Item::Fact(Fact::Node(Node {
+            time: 1,
+            netns,
+            name: address.into(),
+            cluster,
+            addresses,
+        }))
+    }
+
+    fn route(netns: Netns, remote_node: &str) -> Item {
+        let route = Route {
+            prefix: "10.244.205.192/26".parse().unwrap(),
+            kind: RouteKind::Unicast,
+            gateway: Some("10.244.205.192".parse().unwrap()),
+            ifindex: Some(7),
+            encap: Some(EncapKind::Vxlan),
+            remote_node: Some(remote_node.parse().unwrap()),
+        };
+        Item::Fact(Fact::Routes {
+            time: 1,
+            netns,
+            routes: vec![route],
+        })
+    }
+
+    /// The clusters of the nodes of each log, after joining.
+    fn clusters(mut logs: Vec<Vec<Item>>) -> Vec<Vec<u32>> {
+        let mut machines: Vec<Machine> = logs.iter().map(|_| Machine::default()).collect();
+        let begun: Vec<&[Item]> = logs.iter().map(Vec::as_slice).collect();
+        join_clusters(&mut machines.iter_mut().collect::<Vec<_>>(), &begun);
+        let cluster = |item: &Item| match item {
+            Item::Fact(Fact::Node(node)) => Some(node.cluster),
+            _ => None,
+        };
+        logs.iter_mut()
+            .zip(&machines)
+            .map(|(log, machine)| {
+                log.iter_mut().for_each(|item| machine.adopt(item));
+                log.iter().filter_map(cluster).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn nodes_that_route_to_each_other_are_one_cluster() {
+        let one = vec![node(1, 1, "192.168.49.2"), route(1, "192.168.49.3")];
+        let two = vec![node(1, 9, "192.168.49.3"), route(1, "192.168.49.2")];
+        assert_eq!(clusters(vec![one, two]), [[0], [0]]);
+    }
+
+    #[test]
+    fn equal_numbers_of_strangers_are_two_clusters() {
+        let one = vec![node(1, 1, "192.168.49.2"), route(1, "192.168.49.3")];
+        let two = vec![node(1, 1, "192.168.50.3"), route(1, "192.168.50.2")];
+        assert_eq!(clusters(vec![one, two]), [[0], [1]]);
+    }
+
+    #[test]
+    fn a_third_log_joins_by_either() {
+        let one = vec![node(1, 1, "192.168.49.2")];
+        let two = vec![node(1, 1, "192.168.49.3")];
+        let three = vec![
+            node(1, 1, "192.168.49.4"),
+            route(1, "192.168.49.2"),
+            route(1, "192.168.49.3"),
+        ];
+        assert_eq!(clusters(vec![one, two, three]), [[0], [0], [0]]);
+    }
+
+    #[test]
+    fn namespaces_of_another_machine_are_others() {
+        let machine = Machine {
+            number: 2,
+            ..Machine::default()
+        };
+        let mut fact = node(4_026_531_840, 1, "192.168.49.2");
+        machine.adopt(&mut fact);
+        let Item::Fact(Fact::Node(node)) = fact else {
+            unreachable!()
+        };
+        assert_eq!(node.netns, 0x2_f000_0000);
+        let rows = vec![
+            LedgerRow {
+                netns: Some(0),
+                ..LedgerRow::default()
+            },
+            LedgerRow::default(),
+        ];
+        let mut ledger = Item::Ledger(Ledger {
+            rows: rows.clone(),
+            ..Ledger::default()
+        });
+        machine.adopt(&mut ledger);
+        assert_eq!(
+            ledger,
+            Item::Ledger(Ledger {
+                rows,
+                ..Ledger::default()
+            })
+        );
+    }
+}
