@@ -146,6 +146,9 @@ fn compare(seen: &[Value], expected: &[HopList]) -> Result<()> {
 
 /// UDP, ICMP and TCP traceroute and busybox's, in both device orders, on one node and between two, with and without
 /// encapsulation: the same addresses, and round trips that are not longer than the ones traceroute measured.
+///
+/// Busybox's times are not compared: it starts its clock after `sendto` returned (`networking/traceroute.c`), and between
+/// namespaces of one kernel the answer is there by then.
 fn every_traceroute() -> Result<()> {
     for order in ORDERS {
         for encapsulation in MODES {
@@ -192,6 +195,7 @@ fn one_traceroute(lab: &Lab, kind: Kind, receiver: &str) -> Result<()> {
         "calitrace:\n{printed}\ntraceroute:\n{}",
         said.raw
     );
+    let late_clock = matches!(kind, Kind::Busybox | Kind::BusyboxIcmp);
     for (our, their) in ours.iter().zip(&said.hops) {
         ensure!(
             our.ttl == their.ttl,
@@ -201,7 +205,7 @@ fn one_traceroute(lab: &Lab, kind: Kind, receiver: &str) -> Result<()> {
         for (our, their) in our.probes.iter().zip(&their.probes) {
             match (our, their) {
                 (Some((our, our_time)), Some((their, their_time))) => ensure!(
-                    our == their && our_time <= their_time,
+                    our == their && (our_time <= their_time || late_clock),
                     "calitrace:\n{printed}\ntraceroute:\n{}",
                     said.raw
                 ),

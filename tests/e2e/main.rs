@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     .concat()
     .into_iter()
     .map(|(name, run)| {
-        Trial::test(name, move || run().map_err(|error| format!("{error:?}").into())).with_ignored_flag(skip)
+        Trial::test(name, move || run().map_err(|error| format!("{error:#}").into())).with_ignored_flag(skip)
     })
     .collect();
     libtest_mimic::run(&arguments, trials).exit_code()

@@ -34,11 +34,13 @@ fn topology_is_ip() -> Result<()> {
                 device["ifindex"] == link["ifindex"] && device["mtu"] == link["mtu"],
                 "{device:#}\n{link:#}"
             );
-            let mut theirs: Vec<&str> = named(&addresses, name)
+            let mut theirs: Vec<String> = named(&addresses, name)
                 .and_then(|link| link["addr_info"].as_array())
                 .into_iter()
                 .flatten()
-                .filter_map(|address| address["local"].as_str())
+                .filter_map(|address| {
+                    Some(format!("{}/{}", address["local"].as_str()?, address["prefixlen"]))
+                })
                 .collect();
             theirs.sort_unstable();
             let mut mine: Vec<&str> = device["addresses"]
@@ -72,10 +74,10 @@ fn topology_is_ip() -> Result<()> {
             );
         }
         let block = node.block.to_string();
+        let blocks = ours["local_blocks"].as_array().context("local blocks")?;
         ensure!(
-            ours["blocks"]
-                .as_array()
-                .is_some_and(|blocks| blocks.iter().any(|known| *known == block.as_str()))
+            blocks.iter().any(|known| *known == block.as_str()),
+            "{block} in {blocks:?}"
         );
         for pod in lab.pods().iter().filter(|pod| pod.node == node.name) {
             let known = ours["pods"]
@@ -124,8 +126,8 @@ fn expected_path() -> Result<()> {
                 .as_array()
                 .and_then(|paths| {
                     paths.iter().find(|path| {
-                        path["from"] == from_pod.full_name().as_str()
-                            && path["to"] == to_pod.full_name().as_str()
+                        path["from"]["pod"] == from_pod.full_name().as_str()
+                            && path["to"]["pod"] == to_pod.full_name().as_str()
                     })
                 })
                 .with_context(|| format!("{from} to {to} in {:#}", topology["paths"]))?;

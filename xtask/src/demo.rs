@@ -69,9 +69,17 @@ fn as_root(binary: &Path) -> Result<()> {
 fn show(lab: &Lab, binary: &Path, interrupts: &Interrupts) -> Result<()> {
     let (from, to) = (lab.pod("pod1")?, lab.pod("pod2")?);
     for node in lab.nodes() {
-        say(&format!("  node {:<13} {:<13} tunnel {}", node.name, node.address, node.tunnel_address));
+        say(&format!(
+            "  node {:<13} {:<13} tunnel {}",
+            node.name, node.address, node.tunnel_address
+        ));
         for pod in lab.pods().iter().filter(|pod| pod.node == node.name) {
-            say(&format!("    pod {:<40} {:<15} {}", pod.full_name(), pod.address, pod.interface));
+            say(&format!(
+                "    pod {:<40} {:<15} {}",
+                pod.full_name(),
+                pod.address,
+                pod.interface
+            ));
         }
     }
     let real = real_traffic(lab, binary, interrupts, [&from, &to])?;
@@ -89,7 +97,9 @@ fn show(lab: &Lab, binary: &Path, interrupts: &Interrupts) -> Result<()> {
     let path = &probes.first().context("a traceroute")?.1;
     let different: Vec<&Vec<String>> = real.iter().filter(|real| *real != path).collect();
     if let Some(different) = different.first() {
-        say(&format!("real packets: traceroute says {path:?}, calitrace {different:?}"));
+        say(&format!(
+            "real packets: traceroute says {path:?}, calitrace {different:?}"
+        ));
     }
     if !agree || !different.is_empty() || real.is_empty() {
         bail!("calitrace and traceroute do not agree");
@@ -113,8 +123,15 @@ fn real_traffic(
     let log = folder.path().join("demo.jsonl");
     let arguments: [OsString; 2] = ["-w".into(), log.clone().into()];
     let terminal = stdout().is_terminal();
-    say(&format!("\npods talk (ping, TCP, UDP), and this is `calitrace watch`{}:\n", if terminal { ", live" } else { "" }));
-    let watch = if terminal { Watch::shown(binary, lab, &arguments)? } else { Watch::kept(binary, lab, &arguments)? };
+    say(&format!(
+        "\npods talk (ping, TCP, UDP), and this is `calitrace watch`{}:\n",
+        if terminal { ", live" } else { "" }
+    ));
+    let watch = if terminal {
+        Watch::shown(binary, lab, &arguments)?
+    } else {
+        Watch::kept(binary, lab, &arguments)?
+    };
     let end = Instant::now() + if terminal { LIVE } else { PLAIN };
     let outcome = talk(lab, to, end, interrupts);
     let printed = watch.stop()?;
@@ -142,14 +159,25 @@ fn talk(lab: &Lab, to: &Pod, end: Instant, interrupts: &Interrupts) -> Result<()
 }
 
 /// Traceroutes of three kinds with `calitrace watch -o traceroute` beside them: what, traceroute's path, calitrace's.
-fn traceroutes(lab: &Lab, binary: &Path, [from, to]: [&Pod; 2]) -> Result<Vec<(String, Vec<String>, Vec<String>)>> {
+fn traceroutes(
+    lab: &Lab,
+    binary: &Path,
+    [from, to]: [&Pod; 2],
+) -> Result<Vec<(String, Vec<String>, Vec<String>)>> {
     let mut paths = Vec::new();
     for (kind, what) in [
         (Kind::Udp, "traceroute (UDP)"),
         (Kind::Icmp, "traceroute -I (ICMP)"),
         (Kind::Tcp(8080), "traceroute -T (TCP)"),
     ] {
-        let arguments = ["-o", "traceroute", "--from", &from.full_name(), "--to", &to.full_name()];
+        let arguments = [
+            "-o",
+            "traceroute",
+            "--from",
+            &from.full_name(),
+            "--to",
+            &to.full_name(),
+        ];
         let watch = Watch::kept(binary, lab, &arguments.map(OsString::from))?;
         let said = lab.traceroute("pod1", to.ip(), kind, &[])?;
         let printed = watch.stop()?;

@@ -2,8 +2,8 @@
 
 mod build;
 mod cargo;
-mod lab;
 mod demo;
+mod lab;
 mod lint;
 mod root;
 mod setup;

@@ -94,14 +94,20 @@ fn absent(plan: &plan::Watch, nodes: &[NodeView]) -> Option<String> {
         return Some(plan.nodes.absent());
     }
     let wanted = plan.view.filter.interface.as_ref()?;
-    let mut names: Vec<&str> =
-        nodes.iter().flat_map(|node| &node.interfaces).map(|interface| interface.name.as_str()).collect();
+    let mut names: Vec<&str> = nodes
+        .iter()
+        .flat_map(|node| &node.interfaces)
+        .map(|interface| interface.name.as_str())
+        .collect();
     if names.iter().any(|name| name == wanted) {
         return None;
     }
     names.sort_unstable();
     names.dedup();
-    Some(format!("no interface {wanted} on any Calico node of this machine; there are {}", names.join(", ")))
+    Some(format!(
+        "no interface {wanted} on any Calico node of this machine; there are {}",
+        names.join(", ")
+    ))
 }
 
 /// A sentence for the person at the terminal, beside the output.

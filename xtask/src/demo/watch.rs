@@ -38,11 +38,17 @@ impl Watch {
     /// Comes back once it observes.
     fn start(binary: &Path, lab: &Lab, arguments: &[OsString], output: Stdio) -> Result<Self> {
         let mut command = Command::new(binary);
-        command.arg("watch").args(arguments).stdout(output).stderr(Stdio::piped());
+        command
+            .arg("watch")
+            .args(arguments)
+            .stdout(output)
+            .stderr(Stdio::piped());
         for node in lab.nodes() {
             command.args(["--netns", &node.namespace]);
         }
-        let mut child = command.spawn().with_context(|| format!("run {}", binary.display()))?;
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("run {}", binary.display()))?;
         let output = child.stdout.take().map(|mut output| {
             std::thread::spawn(move || {
                 let mut text = String::new();
@@ -50,7 +56,11 @@ impl Watch {
             })
         });
         let mut lines = BufReader::new(child.stderr.take().context("standard error of calitrace")?).lines();
-        let mut watch = Self { child, output, messages: None };
+        let mut watch = Self {
+            child,
+            output,
+            messages: None,
+        };
         loop {
             let Some(line) = lines.next() else {
                 let status = watch.child.wait().context("wait for calitrace watch")?;
@@ -73,12 +83,19 @@ impl Watch {
     /// Ends it as Ctrl-C does; what it printed.
     pub(super) fn stop(mut self) -> Result<String> {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).context("a process id")?);
-        if self.child.try_wait().context("wait for calitrace watch")?.is_none() {
+        if self
+            .child
+            .try_wait()
+            .context("wait for calitrace watch")?
+            .is_none()
+        {
             kill(pid, Signal::SIGINT).context("send SIGINT to calitrace watch")?;
         }
         let status = self.child.wait().context("wait for calitrace watch")?;
         if let Some(messages) = self.messages.take() {
-            messages.join().map_err(|_panic| anyhow!("reading calitrace's messages failed"))?;
+            messages
+                .join()
+                .map_err(|_panic| anyhow!("reading calitrace's messages failed"))?;
         }
         if !status.success() {
             bail!("calitrace watch ended with {status}");
@@ -105,7 +122,10 @@ impl Drop for Watch {
 /// The paths of the packets from one pod to another in an event log.
 pub(super) fn read(binary: &Path, log: &Path, [from, to]: [&Pod; 2]) -> Result<Vec<Vec<String>>> {
     let mut command = Command::new(binary);
-    command.arg("read").arg(log).args(["-o", "json", "--from", &from.full_name(), "--to", &to.full_name()]);
+    command
+        .arg("read")
+        .arg(log)
+        .args(["-o", "json", "--from", &from.full_name(), "--to", &to.full_name()]);
     output_of(&mut command)?
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).with_context(|| format!("not JSON: {line}")))
@@ -113,7 +133,10 @@ pub(super) fn read(binary: &Path, log: &Path, [from, to]: [&Pod; 2]) -> Result<V
         .map(|packet| {
             let packet = packet?;
             let hops = packet["hops"].as_array().context("a packet without hops")?;
-            Ok(hops.iter().map(|hop| hop["address"].as_str().unwrap_or("*").to_owned()).collect())
+            Ok(hops
+                .iter()
+                .map(|hop| hop["address"].as_str().unwrap_or("*").to_owned())
+                .collect())
         })
         .collect()
 }

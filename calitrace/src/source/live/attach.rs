@@ -31,7 +31,10 @@ pub(super) struct Changes {
 /// Compares the sites of `views` with those that exist. `first` names interfaces that come before all others.
 pub(super) fn changes(views: &[NodeView], existing: &FxHashMap<Site, String>, first: &[String]) -> Changes {
     let wanted: FxHashMap<Site, String> = views.iter().flat_map(sites).collect();
-    let detach = existing.iter().filter(|(site, name)| wanted.get(site) != Some(name)).map(|(site, _)| *site);
+    let detach = existing
+        .iter()
+        .filter(|(site, name)| wanted.get(site) != Some(name))
+        .map(|(site, _)| *site);
     let mut attach: Vec<(Site, String)> = wanted
         .iter()
         .filter(|(site, name)| existing.get(site) != Some(name))
@@ -39,9 +42,18 @@ pub(super) fn changes(views: &[NodeView], existing: &FxHashMap<Site, String>, fi
         .collect();
     // A TCX attach takes 12 to 20 ms: what every packet passes, and what the filter names, comes first.
     attach.sort_by_key(|(site, name)| {
-        (!first.contains(name), site.hook.place() == Place::Workload, site.netns, site.ifindex, site.hook)
+        (
+            !first.contains(name),
+            site.hook.place() == Place::Workload,
+            site.netns,
+            site.ifindex,
+            site.hook,
+        )
     });
-    Changes { detach: detach.collect(), attach }
+    Changes {
+        detach: detach.collect(),
+        attach,
+    }
 }
 
 fn sites(view: &NodeView) -> impl Iterator<Item = (Site, String)> {
@@ -56,6 +68,15 @@ fn sites(view: &NodeView) -> impl Iterator<Item = (Site, String)> {
         TABLE
             .iter()
             .filter(move |row| row.attach == Attach::Tc && Some(row.hook.place()) == place)
-            .map(move |row| (Site { netns, ifindex: interface.ifindex, hook: row.hook }, interface.name.clone()))
+            .map(move |row| {
+                (
+                    Site {
+                        netns,
+                        ifindex: interface.ifindex,
+                        hook: row.hook,
+                    },
+                    interface.name.clone(),
+                )
+            })
     })
 }

@@ -17,7 +17,13 @@ pub(super) fn both() -> Clock {
         let realtime = read(ClockId::CLOCK_REALTIME);
         let spread = monotonic().saturating_sub(before);
         if spread < best.0 {
-            best = (spread, Clock { time: before + spread / 2, realtime });
+            best = (
+                spread,
+                Clock {
+                    time: before + spread / 2,
+                    realtime,
+                },
+            );
         }
     }
     best.1

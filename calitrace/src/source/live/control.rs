@@ -132,7 +132,9 @@ impl Control {
         self.send(Message::Fact(Fact::Clock(clock::both())));
         let found = std::mem::take(&mut self.views);
         self.adopt(found)?;
-        self.kernel.attach_global().context("attach the tracepoint skb:kfree_skb")?;
+        self.kernel
+            .attach_global()
+            .context("attach the tracepoint skb:kfree_skb")?;
         self.attach()?;
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
@@ -207,7 +209,11 @@ impl Control {
     /// Makes `found` the known nodes, and says what is new.
     fn adopt(&mut self, found: Vec<NodeView>) -> Result<()> {
         let time = clock::monotonic();
-        for gone in self.views.iter().filter(|old| found.iter().all(|new| new.netns() != old.netns())) {
+        for gone in self
+            .views
+            .iter()
+            .filter(|old| found.iter().all(|new| new.netns() != old.netns()))
+        {
             self.monitors.remove(&gone.netns());
             for fact in facts_gone(gone, time) {
                 self.send(Message::Fact(fact));
@@ -223,7 +229,10 @@ impl Control {
                         self.send(Message::Lookup(netns, Arc::clone(&view.lookup)));
                     }
                     Err(error) => {
-                        self.warn(format!("changes of node {} go unnoticed: {error:#}", view.node.name));
+                        self.warn(format!(
+                            "changes of node {} go unnoticed: {error:#}",
+                            view.node.name
+                        ));
                     }
                 }
             }
@@ -250,15 +259,23 @@ impl Control {
             if self.wait(Duration::ZERO)? {
                 return Ok(());
             }
-            let Some(view) = self.views.iter().find(|view| view.netns() == site.netns) else { continue };
-            match self.kernel.attach_tc(&view.handle, &name, site.ifindex, site.hook) {
+            let Some(view) = self.views.iter().find(|view| view.netns() == site.netns) else {
+                continue;
+            };
+            match self
+                .kernel
+                .attach_tc(&view.handle, &name, site.ifindex, site.hook)
+            {
                 Ok(Attached::Yes) => {
                     self.sites.insert(site, name);
                     self.attachment(site, AttachmentState::Attached);
                 }
                 Ok(Attached::Gone) => {}
                 Err(error) => {
-                    let text = format!("interface {name} of node {} is not observed: {error:#}", view.node.name);
+                    let text = format!(
+                        "interface {name} of node {} is not observed: {error:#}",
+                        view.node.name
+                    );
                     self.warn(text);
                 }
             }
@@ -303,7 +320,11 @@ impl Control {
     /// Waits for a change or the end of `patience`; true when asked to stop.
     fn wait(&self, patience: Duration) -> Result<bool> {
         let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
-        fds.extend(self.monitors.values().map(|monitor| PollFd::new(monitor.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            self.monitors
+                .values()
+                .map(|monitor| PollFd::new(monitor.as_fd(), PollFlags::POLLIN)),
+        );
         let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
@@ -344,7 +365,13 @@ impl Control {
     fn attachment(&self, site: Site, state: AttachmentState) {
         let Site { netns, ifindex, hook } = site;
         let time = clock::monotonic();
-        self.send(Message::Fact(Fact::Attachment(Attachment { time, netns, ifindex, hook, state })));
+        self.send(Message::Fact(Fact::Attachment(Attachment {
+            time,
+            netns,
+            ifindex,
+            hook,
+            state,
+        })));
     }
 
     fn warn(&mut self, text: String) {

@@ -38,7 +38,14 @@ struct Known {
 impl HopAddresses {
     /// A node whose kernel can be asked from now on.
     pub(super) fn add(&mut self, netns: Netns, lookup: Arc<Lookup>) {
-        self.nodes.insert(netns, NodeLookups { lookup, generation: 0, known: FxHashMap::default() });
+        self.nodes.insert(
+            netns,
+            NodeLookups {
+                lookup,
+                generation: 0,
+                known: FxHashMap::default(),
+            },
+        );
     }
 
     /// A node that is gone.
@@ -64,14 +71,23 @@ impl HopAddresses {
         let address = match node.lookup.hop_address(towards, None) {
             Ok(address) => address,
             Err(error) => {
-                log::debug!("hop address of node {} towards {towards}: {error:#}", observation.netns);
+                log::debug!(
+                    "hop address of node {} towards {towards}: {error:#}",
+                    observation.netns
+                );
                 None
             }
         };
         if node.known.len() >= REMEMBERED {
             node.known.clear();
         }
-        node.known.insert(towards, Known { generation: node.generation, address });
+        node.known.insert(
+            towards,
+            Known {
+                generation: node.generation,
+                address,
+            },
+        );
         if former.is_some_and(|known| known.address == address) {
             return None;
         }

@@ -14,6 +14,8 @@ use crate::{
 pub(super) struct Books {
     /// Per node; drops in namespaces that are no node's are kept under 0.
     nodes: FxHashMap<Netns, String>,
+    /// The node of a pod's own namespace: drops there are the node's.
+    pods: FxHashMap<Netns, Netns>,
     decoded: FxHashMap<(Netns, Hook), u64>,
 }
 
@@ -23,10 +25,19 @@ impl Books {
         self.nodes.insert(netns, name);
     }
 
+    /// A pod's own namespace and its node's.
+    pub(super) fn pod(&mut self, netns: Netns, node: Netns) {
+        self.pods.insert(netns, node);
+    }
+
+    /// Whether it is a node's namespace, or one of a pod of a node. 0, which is not known, may be.
+    pub(super) fn is_ours(&self, netns: Netns) -> bool {
+        netns == 0 || self.row_of(netns) != 0
+    }
+
     /// A record was decoded.
     pub(super) fn decoded(&mut self, netns: Netns, hook: Hook) {
-        let row = self.row_of(netns);
-        *self.decoded.entry((row, hook)).or_default() += 1;
+        *self.decoded.entry((netns, hook)).or_default() += 1;
     }
 
     /// The ledger for these kernel counts.
@@ -47,6 +58,9 @@ impl Books {
             row.ring_refused += count.counters.ring_refused;
             row.recorded += count.counters.recorded;
         }
+        for (&(netns, hook), records) in &self.decoded {
+            rows.entry((self.row_of(netns), hook)).or_default().decoded += records;
+        }
         for (&(netns, hook), records) in dropped {
             rows.entry((self.row_of(netns), hook)).or_default().user_dropped += records;
         }
@@ -54,14 +68,18 @@ impl Books {
             row.node = self.nodes.get(&netns).cloned();
             row.netns = row.node.is_some().then_some(netns);
             hooks::row(hook).name.clone_into(&mut row.hook);
-            row.decoded = self.decoded.get(&(netns, hook)).copied().unwrap_or(0);
         }
         let mut rows: Vec<_> = rows.into_iter().collect();
         rows.sort_by(|((_, a_hook), a), ((_, b_hook), b)| (&a.node, a_hook).cmp(&(&b.node, b_hook)));
-        Ledger { time, exact, rows: rows.into_iter().map(|(_, row)| row).collect() }
+        Ledger {
+            time,
+            exact,
+            rows: rows.into_iter().map(|(_, row)| row).collect(),
+        }
     }
 
     fn row_of(&self, netns: Netns) -> Netns {
-        if self.nodes.contains_key(&netns) { netns } else { 0 }
+        let node = self.pods.get(&netns).copied().unwrap_or(netns);
+        if self.nodes.contains_key(&node) { node } else { 0 }
     }
 }

@@ -25,7 +25,7 @@ use self::{
 };
 use crate::{
     calico::{self, NodeView},
-    event::{self, Fact, Header, Item},
+    event::{self, Fact, Header, Item, Pod},
     kernel::{self, Batch, Count, Drain, Dropped, Kernel, Names},
 };
 
@@ -62,7 +62,11 @@ impl Live {
     pub fn new(options: Options) -> Result<Self> {
         let kernel = Kernel::load(&options.kernel)?;
         let views = calico::discover(&options.discovery).context("look for Calico nodes")?;
-        Ok(Self { kernel, views, options })
+        Ok(Self {
+            kernel,
+            views,
+            options,
+        })
     }
 
     /// The nodes found so far.
@@ -99,9 +103,13 @@ impl Live {
             batch_sender.blocking_send(batch).map_err(|refused| refused.0)
         })?;
         let (sender, messages) = unbounded_channel();
-        let halt = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .context("make an eventfd")?);
-        let settings = Settings { discovery: self.options.discovery, first: self.options.first };
+        let halt = Arc::new(
+            EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).context("make an eventfd")?,
+        );
+        let settings = Settings {
+            discovery: self.options.discovery,
+            first: self.options.first,
+        };
         let control = Control::new(self.kernel, settings, self.views, sender, Arc::clone(&halt));
         let control = std::thread::Builder::new()
             .name("control".to_owned())
@@ -192,8 +200,10 @@ impl Stream {
     fn message(&mut self, message: Message, take: Take<'_>) -> Result<ControlFlow<()>> {
         match message {
             Message::Fact(fact) => {
-                if let Fact::Node(node) = &fact {
-                    self.books.name(node.netns, node.name.clone());
+                match &fact {
+                    Fact::Node(node) => self.books.name(node.netns, node.name.clone()),
+                    Fact::Pod(Pod { pod_netns: Some(own), netns, .. }) => self.books.pod(*own, *netns),
+                    _ => {}
                 }
                 return take(Item::Fact(fact));
             }
@@ -218,6 +228,10 @@ impl Stream {
             match event::decode(record, &self.names) {
                 Ok(observation) => {
                     self.books.decoded(observation.netns, observation.hook);
+                    // Drops are seen in all namespaces; what happens in those of others is not ours to tell.
+                    if !self.books.is_ours(observation.netns) {
+                        continue;
+                    }
                     if let Some(fact) = self.hops.before(&observation) {
                         flow = either(flow, take(Item::Fact(fact))?);
                     }
@@ -233,7 +247,12 @@ impl Stream {
     }
 
     fn ledger(&self, time: u64, exact: bool, counts: &[Count], take: Take<'_>) -> Result<ControlFlow<()>> {
-        take(Item::Ledger(self.books.ledger(time, exact, counts, &self.dropped.counts())))
+        take(Item::Ledger(self.books.ledger(
+            time,
+            exact,
+            counts,
+            &self.dropped.counts(),
+        )))
     }
 }
 
@@ -257,6 +276,7 @@ fn header(kernel: &Kernel, filter: Option<String>) -> Header {
 
 /// A one-line file of the kernel; empty where it cannot be read.
 fn read_line(path: &str) -> String {
-    std::fs::read_to_string(path).map(|text| text.trim_end().to_owned()).unwrap_or_default()
+    std::fs::read_to_string(path)
+        .map(|text| text.trim_end().to_owned())
+        .unwrap_or_default()
 }
-
