@@ -3,6 +3,8 @@
 //!
 //! Run as root. Without, every test is skipped, and said to be; with `CI=true` that is a failure.
 
+#![expect(clippy::print_stdout, reason = "a test run speaks on standard output")]
+
 mod agree;
 mod alone;
 mod counts;

@@ -101,7 +101,7 @@ fn topology_is_ip() -> Result<()> {
 
 fn ip(lab: &Lab, node: &str, words: &[&str]) -> Result<Value> {
     let output = lab
-        .exec(node, &[&["ip", "-j"], words].concat())?
+        .exec(node, [&["ip", "-j"], words].concat())?
         .output()
         .context("run ip")?;
     serde_json::from_slice(&output.stdout).with_context(|| format!("ip -j {words:?}"))

@@ -35,12 +35,11 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let binary = match &options.binary {
-        Some(binary) => binary.clone(),
-        None => {
-            setup::everything()?;
-            build::binary()?
-        }
+    let binary = if let Some(binary) = &options.binary {
+        binary.clone()
+    } else {
+        setup::everything()?;
+        build::binary()?
     };
     if !Uid::effective().is_root() {
         return as_root(&binary);
@@ -88,13 +87,13 @@ fn show(lab: &Lab, binary: &Path, interrupts: &Interrupts) -> Result<()> {
     }
     let probes = traceroutes(lab, binary, [&from, &to])?;
     let mut agree = true;
-    for (what, said, traced) in &probes {
+    for Comparison { what, said, traced } in &probes {
         agree &= said == traced;
         if said != traced {
             say(&format!("{what}: traceroute says {said:?}, calitrace {traced:?}"));
         }
     }
-    let path = &probes.first().context("a traceroute")?.1;
+    let path = &probes.first().context("a traceroute")?.said;
     let different: Vec<&Vec<String>> = real.iter().filter(|real| *real != path).collect();
     if let Some(different) = different.first() {
         say(&format!(
@@ -158,12 +157,15 @@ fn talk(lab: &Lab, to: &Pod, end: Instant, interrupts: &Interrupts) -> Result<()
     Ok(())
 }
 
-/// Traceroutes of three kinds with `calitrace watch -o traceroute` beside them: what, traceroute's path, calitrace's.
-fn traceroutes(
-    lab: &Lab,
-    binary: &Path,
-    [from, to]: [&Pod; 2],
-) -> Result<Vec<(String, Vec<String>, Vec<String>)>> {
+/// The path of one traceroute, as both tell it.
+struct Comparison {
+    what: &'static str,
+    said: Vec<String>,
+    traced: Vec<String>,
+}
+
+/// Traceroutes of three kinds with `calitrace watch -o traceroute` beside them.
+fn traceroutes(lab: &Lab, binary: &Path, [from, to]: [&Pod; 2]) -> Result<Vec<Comparison>> {
     let mut paths = Vec::new();
     for (kind, what) in [
         (Kind::Udp, "traceroute (UDP)"),
@@ -186,7 +188,11 @@ fn traceroutes(
         for line in side_by_side([what, "calitrace watch -o traceroute"], [&said.raw, &printed]) {
             say(&line);
         }
-        paths.push((what.to_owned(), said.path(), traced));
+        paths.push(Comparison {
+            what,
+            said: said.path(),
+            traced,
+        });
     }
     say("");
     Ok(paths)

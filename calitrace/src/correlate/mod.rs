@@ -136,6 +136,14 @@ impl Correlator {
             if observation.hook == Hook::KfreeSkb && elsewhere {
                 return;
             }
+            // The end of a copy: its packet was told of already.
+            if observation
+                .drop
+                .as_ref()
+                .is_some_and(|drop| verdict::is_ordinary(&sight.part, drop))
+            {
+                return;
+            }
             self.make_room(closed);
             let index = self.begin(&sight);
             self.settle(index, &sight);
@@ -197,18 +205,38 @@ impl Correlator {
         self.open.append(index, sight.seen());
         self.hold(index, Hold::Begun, observation.time);
         if let Some(found) = answers {
-            let answered = Answered {
-                kind: found.kind,
-                address: observation.packet.src,
-                rtt: None,
-                icmp: found.icmp,
-            };
-            self.open.get_mut(found.index).answered = Some(answered);
-            if !matches!(found.kind, AnswerKind::EchoReply | AnswerKind::SynAck) {
-                self.hold(found.index, Hold::Ended, observation.time);
-            }
+            self.answered(found, observation);
         }
         index
+    }
+
+    /// A packet answers a trace.
+    fn answered(&mut self, found: answer::Match, observation: &Observation) {
+        let topology = &self.topology;
+        let (kind, address) = (found.kind, observation.packet.src);
+        let trace = self.open.get_mut(found.index);
+        trace.answered = Some(Answered {
+            kind,
+            address,
+            rtt: None,
+            icmp: found.icmp,
+        });
+        if !matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck) {
+            self.hold(found.index, Hold::Ended, observation.time);
+            return;
+        }
+        // Masqueraded packets leave a node out of sight: no address of theirs is a pod's then. The answer tells that
+        // they did.
+        let last = trace.last();
+        if trace.reached == Reached::Nothing && last.is_ingress() && trace.current.dst == address {
+            trace.reached = match topology.next(last.node, None, address) {
+                _ if topology.node_of(trace.cluster, address).is_some() => Reached::Node,
+                Next::Unobserved => Reached::Outside,
+                Next::Node(_) => return,
+            };
+            self.open.conceal(found.index);
+            self.hold(found.index, Hold::Ended, observation.time);
+        }
     }
 
     /// The flow may have changed on the way.

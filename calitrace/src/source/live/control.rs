@@ -220,26 +220,26 @@ impl Control {
             }
             self.send(Message::Gone(gone.netns()));
         }
+        let mut unwatched = Vec::new();
         for view in &found {
             let netns = view.netns();
+            let old = self.views.iter().find(|old| old.netns() == netns);
             if !self.monitors.contains_key(&netns) {
-                match Monitor::open(&view.handle) {
-                    Ok(monitor) => {
-                        self.monitors.insert(netns, monitor);
-                        self.send(Message::Lookup(netns, Arc::clone(&view.lookup)));
-                    }
-                    Err(error) => {
-                        self.warn(format!(
-                            "changes of node {} go unnoticed: {error:#}",
-                            view.node.name
-                        ));
-                    }
+                self.send(Message::Lookup(netns, Arc::clone(&view.lookup)));
+                let opened = Monitor::open(&view.handle).map(|monitor| self.monitors.insert(netns, monitor));
+                if let Err(error) = opened {
+                    unwatched.push(format!(
+                        "changes of node {} go unnoticed: {error:#}",
+                        view.node.name
+                    ));
                 }
             }
-            let old = self.views.iter().find(|old| old.netns() == netns);
             for fact in facts_changed(old, view, time) {
                 self.send(Message::Fact(fact));
             }
+        }
+        for text in unwatched {
+            self.warn(text);
         }
         let scope: BTreeSet<_> = found.iter().flat_map(|view| view.scope.iter().copied()).collect();
         self.kernel

@@ -144,13 +144,16 @@ impl Live {
 struct Stream {
     books: Books,
     hops: HopAddresses,
-    ready: Option<Box<dyn FnOnce(&str)>>,
+    ready: Option<Ready>,
     messages: UnboundedReceiver<Message>,
     batches: Receiver<Batch>,
     names: Names,
     dropped: Arc<Dropped>,
 }
 
+/// Told once what is observed.
+type Ready = Box<dyn FnOnce(&str)>;
+/// Takes items.
 type Take<'a> = &'a mut dyn FnMut(Item) -> Result<ControlFlow<()>>;
 
 impl Stream {
@@ -202,7 +205,11 @@ impl Stream {
             Message::Fact(fact) => {
                 match &fact {
                     Fact::Node(node) => self.books.name(node.netns, node.name.clone()),
-                    Fact::Pod(Pod { pod_netns: Some(own), netns, .. }) => self.books.pod(*own, *netns),
+                    Fact::Pod(Pod {
+                        pod_netns: Some(own),
+                        netns,
+                        ..
+                    }) => self.books.pod(*own, *netns),
                     _ => {}
                 }
                 return take(Item::Fact(fact));
