@@ -36,7 +36,7 @@ pub(super) struct Anatomy {
     pub(super) workloads: Vec<Workload>,
     /// Indices of the tunnel devices.
     pub(super) tunnels: Vec<u32>,
-    /// The routes that matter, the most specific first.
+    /// The routes that matter, IPv4's first, and of each family the most specific first.
     pub(super) routes: Vec<event::Route>,
     /// IPAM blocks of this node.
     pub(super) local_blocks: Vec<IpNet>,
@@ -94,6 +94,7 @@ impl Anatomy {
             let tunnel = entry.oif.and_then(|oif| encap_of(snapshot.link(oif)?));
             let rank = u8::from(tunnel != Some(EncapKind::Wireguard));
             (
+                entry.destination.addr().is_ipv6(),
                 std::cmp::Reverse(entry.destination.prefix_len()),
                 entry.destination,
                 rank,

@@ -10,7 +10,7 @@ mod root;
 pub mod topology;
 mod view;
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
@@ -51,7 +51,7 @@ impl Default for Options {
     }
 }
 
-/// The Calico nodes on this host, by name, with their clusters. A namespace that vanishes while
+/// The Calico nodes on this host, by cluster and name. A namespace that vanishes while
 /// it is looked at is none.
 pub fn discover(options: &Options) -> Result<Vec<NodeView>> {
     let found = netns::list()?;
@@ -90,8 +90,8 @@ pub fn discover(options: &Options) -> Result<Vec<NodeView>> {
             }
         }
     }
-    nodes.sort_by(|one, other| (&one.node.name, one.netns()).cmp(&(&other.node.name, other.netns())));
     cluster::assign(&mut nodes, &handles)?;
+    nodes.sort_by_key(|node| (node.node.cluster, node.node.name.clone(), node.netns()));
     Ok(nodes)
 }
 
@@ -101,9 +101,4 @@ fn look_at(namespace: &Found, all: &[Handle], options: &Arc<Options>) -> Result<
         return Ok(None);
     }
     NodeView::read(namespace, all, options)
-}
-
-/// Whether this process may do what discovery needs, said before anything is tried.
-pub fn check_permission() -> Result<()> {
-    Handle::open(Path::new("/proc/self/ns/net"))?.run(|| Ok(()))
 }

@@ -28,7 +28,7 @@ pub struct NodeView {
     pub node: event::Node,
     /// Workload, tunnel and uplink devices, and others with an address.
     pub interfaces: Vec<event::Interface>,
-    /// The routes that matter for pods, the most specific first.
+    /// The routes that matter for pods, IPv4's first, and of each family the most specific first.
     pub routes: Vec<event::Route>,
     /// The pods behind its workload interfaces.
     pub pods: Vec<event::Pod>,

@@ -29,10 +29,10 @@ pub struct Topology {
     pub kind: &'static str,
     /// [`VERSION`].
     pub version: u32,
-    /// The nodes, by name.
+    /// The nodes, by cluster and name.
     pub nodes: Vec<Node>,
-    /// For each node: from its first pod to its second, and to the first pod of each other node of its cluster; to the
-    /// first address of a remote block whose node is not looked at.
+    /// For each node and address family: from its first pod to its second, and to the first pod of each other node of its
+    /// cluster; to the first address of a remote block whose node is not looked at.
     pub paths: Vec<Path>,
 }
 
@@ -49,7 +49,7 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Its devices that have a part in pods' traffic or an address.
     pub devices: Vec<Device>,
-    /// The routes that matter for pods, the most specific first.
+    /// The routes that matter for pods, IPv4's first, and of each family the most specific first.
     pub routes: Vec<Route>,
     /// IPAM blocks of this node.
     pub local_blocks: Vec<IpNet>,

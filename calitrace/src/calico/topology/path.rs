@@ -92,47 +92,43 @@ pub fn expected_path(nodes: &[NodeView], from: IpAddr, to: IpAddr) -> Result<Pat
     walk(nodes, start, pod, from, to)
 }
 
-/// A few paths that stand for all: between the first pods of all pairs of nodes of a cluster, within each node, and to
-/// blocks of nodes that are not looked at.
+/// A few paths that stand for all: in each address family between the first pods of all pairs of nodes of a cluster, within
+/// each node, and to blocks of nodes that are not looked at.
 pub(super) fn representative(nodes: &[NodeView]) -> Result<Vec<Path>> {
     let mut paths = Vec::new();
     for node in nodes {
-        let Some((pod, from)) = node
-            .pods
-            .iter()
-            .find_map(|pod| Some((pod, *pod.addresses.first()?)))
-        else {
-            continue;
-        };
-        let same_family = |pod: &event::Pod| {
-            pod.addresses
+        for v6 in [false, true] {
+            let ends = |node: &'_ NodeView| -> Vec<(u32, IpAddr)> {
+                let pods = node.pods.iter();
+                pods.filter_map(|pod| Some((pod.ifindex, *pod.addresses.iter().find(|a| a.is_ipv6() == v6)?)))
+                    .collect()
+            };
+            let own = ends(node);
+            let Some(&(device, from)) = own.first() else {
+                continue;
+            };
+            let Some(pod) = node.pods.iter().find(|pod| pod.ifindex == device) else {
+                continue;
+            };
+            let cluster = node.node.cluster;
+            let others = nodes
                 .iter()
-                .copied()
-                .find(|a| a.is_ipv4() == from.is_ipv4())
-        };
-        let neighbour = node
-            .pods
-            .iter()
-            .filter(|other| other.ifindex != pod.ifindex)
-            .find_map(same_family);
-        let others = nodes
-            .iter()
-            .filter(|other| other.netns() != node.netns() && other.node.cluster == node.node.cluster);
-        let remote = others.filter_map(|other| other.pods.iter().find_map(same_family));
-        let unseen = node.routes.iter().filter(|route| {
-            let seen = route
-                .remote_node
-                .is_some_and(|address| owner(nodes, node.node.cluster, address).is_some());
-            node.remote_blocks.contains(&route.prefix)
-                && !seen
-                && route.prefix.addr().is_ipv4() == from.is_ipv4()
-        });
-        for to in neighbour
-            .into_iter()
-            .chain(remote)
-            .chain(unseen.map(|route| route.prefix.addr()))
-        {
-            paths.push(walk(nodes, node, pod, from, to)?);
+                .filter(|other| other.netns() != node.netns() && other.node.cluster == cluster);
+            let remote = others.filter_map(|other| ends(other).first().map(|(_, address)| *address));
+            let unseen = node.routes.iter().filter(|route| {
+                let seen = route
+                    .remote_node
+                    .is_some_and(|address| owner(nodes, cluster, address).is_some());
+                node.remote_blocks.contains(&route.prefix) && !seen && route.prefix.addr().is_ipv6() == v6
+            });
+            let neighbour = own.get(1).map(|(_, address)| *address);
+            for to in neighbour
+                .into_iter()
+                .chain(remote)
+                .chain(unseen.map(|route| route.prefix.addr()))
+            {
+                paths.push(walk(nodes, node, pod, from, to)?);
+            }
         }
     }
     Ok(paths)

@@ -58,18 +58,38 @@ fn write_node(node: &Node, out: &mut dyn Write) -> Result<()> {
             if device.up { "" } else { "  DOWN" }
         )?;
     }
+    let others: Vec<&Route> = node.routes.iter().filter(|route| is_other(route, node)).collect();
+    let blocks = node
+        .local_blocks
+        .iter()
+        .chain(node.remote_blocks.iter().map(|block| &block.prefix));
+    let prefixes = blocks.chain(others.iter().map(|route| &route.prefix));
+    let width = prefixes
+        .map(|prefix| prefix.to_string().len())
+        .max()
+        .unwrap_or_default();
     writeln!(out, "  blocks")?;
     for block in &node.local_blocks {
-        writeln!(out, "    {block}  here")?;
+        writeln!(out, "    {:width$}  on this node", block.to_string())?;
     }
     for block in &node.remote_blocks {
-        writeln!(out, "    {}  {}", block.prefix, reached(block))?;
+        writeln!(out, "    {:width$}  {}", block.prefix.to_string(), reached(block))?;
     }
-    writeln!(out, "  routes")?;
-    for route in &node.routes {
-        writeln!(out, "    {}  {}", route.prefix, reached(route))?;
+    writeln!(out, "  other routes")?;
+    for route in others {
+        writeln!(out, "    {:width$}  {}", route.prefix.to_string(), reached(route))?;
     }
     Ok(())
+}
+
+/// Neither a block's nor a pod's: those are told of before.
+fn is_other(route: &Route, node: &Node) -> bool {
+    let block = node.local_blocks.contains(&route.prefix) || node.remote_blocks.iter().any(|b| b == route);
+    let pod = node
+        .pods
+        .iter()
+        .any(|pod| pod.interface.is_some() && pod.interface == route.device);
+    !block && !pod
 }
 
 fn role(role: Role) -> &'static str {
