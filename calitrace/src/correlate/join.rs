@@ -154,6 +154,9 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
 
 /// Drops in a namespace that is no node's (a pod that is not known yet, the bridge between nodes), or whose device is
 /// already forgotten (TCP and UDP do that on receipt). A packet that could be of two clusters is of none.
+///
+/// `kfree_skb` sees the whole machine. What left the nodes that are observed may be dropped on one that is not, but on
+/// this machine, too; that is not looked at, so that a node watched alone shows the same wherever the others are.
 fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: &mut Joined) {
     let skb = sight.observation.skb;
     let same = |node| {
@@ -183,13 +186,12 @@ fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: 
 fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
     let observation = sight.observation;
     let last = trace.last_of(sight.part.interval());
-    let life = if matches!(last.hook, Hook::WorkloadEgress | Hook::UplinkEgress) {
-        LATE_DROP
-    } else {
-        LIFE
+    let life = match last.hook {
+        Hook::WorkloadEgress => LATE_DROP,
+        Hook::TunnelEgress | Hook::UplinkEgress | Hook::KfreeSkb => return false,
+        _ => LIFE,
     };
     last.node == node
-        && last.hook != Hook::KfreeSkb
         && observation.hook == Hook::KfreeSkb
         && observation.time <= last.time + life
         && observation.packet.ttl <= last.ttl

@@ -130,18 +130,12 @@ impl Correlator {
         let sight = Sight::new(observation, self.topology.place(observation.netns));
         let joined = join::find(&sight, &self.open, &self.topology, &self.translations);
         if joined.is_empty() {
-            // A drop in a namespace that is no node's, of a packet that passed no hook: other people's traffic, or what
-            // never left a pod.
-            let elsewhere = sight.place.cluster == NO_CLUSTER || sight.place.in_pod;
-            if observation.hook == Hook::KfreeSkb && elsewhere {
-                return;
-            }
-            // The end of a copy: its packet was told of already.
-            if observation
-                .drop
-                .as_ref()
-                .is_some_and(|drop| verdict::is_ordinary(&sight.part, drop))
-            {
+            // A drop of a packet that passed no hook: other people's traffic, what never left a pod, or the end of a
+            // copy whose packet was told of already.
+            let place = sight.place;
+            let elsewhere = place.cluster == NO_CLUSTER || place.in_pod;
+            let ordinary = |drop| verdict::is_ordinary(&sight.part, drop);
+            if observation.drop.as_ref().is_some_and(|drop| elsewhere || ordinary(drop)) {
                 return;
             }
             self.make_room(closed);
