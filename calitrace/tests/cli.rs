@@ -97,7 +97,7 @@ impl Logs {
             let line: serde_json::Value = serde_json::from_str(line).unwrap();
             match line["include"].as_str() {
                 Some(facts) => log += &read(facts),
-                None => log += &format!("{line}\n"),
+                None => log.extend([&line.to_string(), "\n"]),
             }
         }
         log += &serde_json::to_string(&Item::End { time: u64::MAX }).unwrap();
