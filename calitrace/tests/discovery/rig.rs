@@ -277,7 +277,9 @@ pub(crate) fn json(namespace: &str, arguments: &[&str]) -> Result<Vec<Value>> {
 }
 
 pub(crate) fn sysctl(namespace: &str, setting: &str) -> Result<()> {
-    run(Command::new("ip").args(["netns", "exec", namespace, "sysctl", "-qw", setting])).map(drop)
+    let (name, value) = setting.split_once('=').context("a setting has a value")?;
+    let write = format!("echo {value} > /proc/sys/{}", name.replace('.', "/"));
+    run(Command::new("ip").args(["netns", "exec", namespace, "sh", "-c", &write])).map(drop)
 }
 
 /// `PREFIX via GATEWAY dev DEVICE` of a route that `ip -j` printed.

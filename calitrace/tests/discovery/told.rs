@@ -254,16 +254,35 @@ pub(crate) fn doctor_names_what_is_wrong() -> Result<()> {
     ] {
         rig::sysctl(&lab.node1, setting)?;
     }
-    let findings = || -> Result<Vec<_>> {
+    let findings = |severity: Severity| -> Result<Vec<_>> {
         let node = discover(&[&lab.node1])?.remove(0);
         let found = doctor::check(&node, &Sysctls::read(&node)?);
         Ok(found
             .into_iter()
-            .filter(|finding| finding.severity == Severity::Problem)
+            .filter(|finding| finding.severity == severity)
             .map(|f| f.what)
             .collect())
     };
-    assert_eq!(findings()?, [""; 0], "nothing is wrong yet");
+    assert_eq!(findings(Severity::Problem)?, [""; 0], "nothing is wrong yet");
+    let notes = findings(Severity::Note)?;
+    for what in [
+        "have a larger MTU than the tunnel vxlan.calico (1450)",
+        "1 of 1 pods have no known name",
+    ] {
+        assert!(
+            notes.iter().any(|note| note.contains(what)),
+            "{what:?} is missing in {notes:#?}"
+        );
+    }
+    assert!(!notes.iter().any(|note| note.contains("rp_filter")), "{notes:#?}");
+    rig::sysctl(&lab.node1, "net.ipv4.conf.all.rp_filter=2")?;
+    let notes = findings(Severity::Note)?;
+    assert!(
+        notes
+            .iter()
+            .any(|note| note.contains("net.ipv4.conf.all.rp_filter=2")),
+        "{notes:?}"
+    );
     let breaks: [(&str, &dyn Fn() -> Result<()>); 6] = [
         ("IPv4 forwarding is off", &|| {
             rig::sysctl(&lab.node1, "net.ipv4.ip_forward=0")
@@ -290,7 +309,7 @@ pub(crate) fn doctor_names_what_is_wrong() -> Result<()> {
     ];
     for (what, break_it) in breaks {
         break_it()?;
-        let found = findings()?;
+        let found = findings(Severity::Problem)?;
         assert!(
             found.iter().any(|finding| finding.contains(what)),
             "{what:?} is missing in {found:#?}"
