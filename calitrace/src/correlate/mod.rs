@@ -135,7 +135,11 @@ impl Correlator {
             let place = sight.place;
             let elsewhere = place.cluster == NO_CLUSTER || place.in_pod;
             let ordinary = |drop| verdict::is_ordinary(&sight.part, drop);
-            if observation.drop.as_ref().is_some_and(|drop| elsewhere || ordinary(drop)) {
+            if observation
+                .drop
+                .as_ref()
+                .is_some_and(|drop| elsewhere || ordinary(drop))
+            {
                 return;
             }
             self.make_room(closed);
