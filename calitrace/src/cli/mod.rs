@@ -60,9 +60,9 @@ fn init_log(verbose: u8) {
         .init();
 }
 
-/// Opens what a view writes to.
-fn open(view: &plan::View) -> Result<Pipeline> {
-    let mut sinks: Vec<Box<dyn Sink>> = vec![view.format.sink(Output::stdout(), terminal())];
+/// Opens what a view writes to. What is live is redrawn on a terminal.
+fn open(view: &plan::View, live: bool) -> Result<Pipeline> {
+    let mut sinks: Vec<Box<dyn Sink>> = vec![view.format.sink(Output::stdout(), terminal(live))];
     for file in &view.files {
         sinks.push(file.format.sink(Output::create(&file.path)?));
     }
@@ -74,9 +74,10 @@ fn open(view: &plan::View) -> Result<Pipeline> {
 }
 
 /// The terminal that standard output is, if it is one.
-fn terminal() -> Option<Terminal> {
+fn terminal(redraw: bool) -> Option<Terminal> {
     io::stdout().is_terminal().then(|| Terminal {
         colours: colours_wanted(),
+        redraw,
         size: || terminal_size::terminal_size().map(|(columns, rows)| (columns.0, rows.0)),
     })
 }

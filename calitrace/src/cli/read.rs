@@ -18,7 +18,7 @@ pub(super) fn run(plan: &plan::Read) -> Result<()> {
         }
     }
     let mut files = Files::open(&plan.files)?;
-    let mut pipeline = super::open(&plan.view)?;
+    let mut pipeline = super::open(&plan.view, false)?;
     for item in &mut files {
         if pipeline.push(&item?)?.is_break() {
             break;

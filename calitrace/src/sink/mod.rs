@@ -62,8 +62,11 @@ impl Format {
     #[must_use]
     pub fn sink(self, output: Output, terminal: Option<Terminal>) -> Box<dyn Sink> {
         match (self, terminal) {
-            (Self::Text, None) => Box::new(text::Text::new(output)),
-            (Self::Text, Some(terminal)) => Box::new(text::Live::new(output, terminal)),
+            (Self::Text, Some(terminal)) if terminal.redraw => Box::new(text::Live::new(output, terminal)),
+            (Self::Text, terminal) => Box::new(text::Text::new(
+                output,
+                terminal.is_some_and(|terminal| terminal.colours),
+            )),
             (Self::Json, _) => Box::new(json::Json::new(output)),
             (Self::Traceroute, _) => Box::new(traceroute::Traceroute::new(output)),
         }

@@ -178,7 +178,9 @@ mod tests {
         logs.iter_mut()
             .zip(&machines)
             .map(|(log, machine)| {
-                log.iter_mut().for_each(|item| machine.adopt(item));
+                for item in log.iter_mut() {
+                    machine.adopt(item);
+                }
                 log.iter().filter_map(cluster).collect()
             })
             .collect()

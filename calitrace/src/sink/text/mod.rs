@@ -24,10 +24,11 @@ use crate::{
     view::{Block, Views},
 };
 
-/// The sink for pipes and files.
+/// The sink for pipes, files, and what is read back.
 #[derive(Debug)]
 pub(super) struct Text<W> {
     output: W,
+    colours: bool,
     views: Views,
     due: Vec<Block>,
     begun: bool,
@@ -35,9 +36,10 @@ pub(super) struct Text<W> {
 }
 
 impl<W: Write> Text<W> {
-    pub(super) fn new(output: W) -> Self {
+    pub(super) fn new(output: W, colours: bool) -> Self {
         Self {
             output,
+            colours,
             views: Views::default(),
             due: Vec::new(),
             begun: false,
@@ -45,14 +47,20 @@ impl<W: Write> Text<W> {
         }
     }
 
+    fn write(&mut self, rows: &[Row]) -> io::Result<()> {
+        let mut text = String::new();
+        for row in rows {
+            row.append_to(&mut text, self.colours);
+        }
+        self.output.write_all(text.as_bytes())
+    }
+
     fn write_due(&mut self) -> io::Result<()> {
-        for block in self.due.drain(..) {
+        for block in std::mem::take(&mut self.due) {
             if std::mem::replace(&mut self.begun, true) {
                 self.output.write_all(b"\n")?;
             }
-            for Row { text, .. } in render::block(&block) {
-                writeln!(self.output, "{text}")?;
-            }
+            self.write(&render::block(&block))?;
         }
         Ok(())
     }
@@ -73,7 +81,7 @@ impl<W: Write + Send> Sink for Text<W> {
     fn ledger(&mut self, ledger: &Ledger) -> io::Result<()> {
         if let Some(row) = render::losses(ledger).filter(|_| ledger.lost() > self.lost) {
             self.lost = ledger.lost();
-            writeln!(self.output, "{}", row.text)?;
+            self.write(&[row])?;
         }
         Ok(())
     }

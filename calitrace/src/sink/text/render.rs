@@ -27,6 +27,51 @@ pub(super) enum Look {
     Alarm,
 }
 
+impl Row {
+    /// Appends it as a line.
+    pub(super) fn append_to(&self, text: &mut String, colours: bool) {
+        let style = match self.look {
+            Look::Title if colours => "\x1b[1m",
+            Look::Faint if colours => "\x1b[2m",
+            Look::Alarm if colours => "\x1b[31m",
+            _ => "",
+        };
+        text.push_str(style);
+        text.push_str(&self.text);
+        text.push_str(if style.is_empty() { "\n" } else { "\x1b[0m\n" });
+    }
+
+    /// The row as rows that are not wider than this: the terminal would wrap it itself, and nobody would know how many
+    /// rows it takes. Lines break between words; one that has no place to break is cut.
+    pub(super) fn wrapped(&self, columns: usize) -> Vec<Self> {
+        let mut rows = Vec::new();
+        let mut line = String::new();
+        let mut width = 0;
+        for word in self.text.split_inclusive(' ') {
+            let length = word.trim_end().chars().count();
+            if width > INDENT.len() && width + length > columns {
+                rows.push(Self {
+                    look: self.look,
+                    text: std::mem::take(&mut line),
+                });
+                line.push_str(INDENT);
+                line.push_str("  ");
+                width = INDENT.len() + 2;
+            }
+            line.push_str(word);
+            width += word.chars().count();
+        }
+        rows.push(Self {
+            look: self.look,
+            text: line,
+        });
+        for row in &mut rows {
+            row.text = row.text.trim_end().chars().take(columns).collect();
+        }
+        rows
+    }
+}
+
 const INDENT: &str = "      ";
 
 /// All rows of a block.

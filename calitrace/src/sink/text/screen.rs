@@ -6,11 +6,13 @@ use std::io::{self, Write};
 
 use super::render::{Look, Row, row};
 
-/// A terminal to draw on.
+/// A terminal to print to.
 #[derive(Clone, Copy, Debug)]
 pub struct Terminal {
     /// Whether it takes colours.
     pub colours: bool,
+    /// Whether what is live is redrawn in place; else everything scrolls by, so that it can be read back.
+    pub redraw: bool,
     /// Its columns and rows now; none if it does not say.
     pub size: fn() -> Option<(u16, u16)>,
 }
@@ -56,6 +58,7 @@ impl<W: Write> Screen<W> {
         // A line for the rest, one for losses, and one for the cursor.
         let most = rows.saturating_sub(3).max(1);
         for block in blocks {
+            let block: Vec<Row> = block.iter().flat_map(|row| row.wrapped(columns)).collect();
             let gap = usize::from(shown > 0);
             if shown > 0 && frame.len() + gap + block.len() > most {
                 break;
@@ -68,35 +71,24 @@ impl<W: Write> Screen<W> {
         if all > shown {
             frame.push(row(Look::Faint, format!("and {} more flows", all - shown)));
         }
-        frame.extend(losses.cloned());
+        frame.extend(losses.into_iter().flat_map(|row| row.wrapped(columns)));
         let mut text = match self.drawn {
             0 => String::new(),
             // Up to where the last frame began; clear from there.
             drawn => format!("\x1b[{drawn}A\r\x1b[J"),
         };
         for block in above {
-            self.append(&mut text, block, columns);
+            for row in block {
+                row.append_to(&mut text, self.terminal.colours);
+            }
             text.push('\n');
         }
-        self.append(&mut text, &frame, columns);
+        for row in &frame {
+            row.append_to(&mut text, self.terminal.colours);
+        }
         self.drawn = frame.len();
         self.output.write_all(text.as_bytes())?;
         self.output.flush()
-    }
-
-    /// Rows cut to the width: one that wraps would take two, and the next frame would leave one of them behind.
-    fn append(&self, text: &mut String, rows: &[Row], columns: usize) {
-        for row in rows {
-            let style = match row.look {
-                Look::Title if self.terminal.colours => "\x1b[1m",
-                Look::Faint if self.terminal.colours => "\x1b[2m",
-                Look::Alarm if self.terminal.colours => "\x1b[31m",
-                _ => "",
-            };
-            text.push_str(style);
-            text.extend(row.text.chars().take(columns));
-            text.push_str(if style.is_empty() { "\n" } else { "\x1b[0m\n" });
-        }
     }
 
     fn size(&self) -> (usize, usize) {

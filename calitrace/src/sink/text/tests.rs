@@ -5,7 +5,11 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{super::Sink, Live, Terminal, Text};
+use super::{
+    super::Sink,
+    Live, Terminal, Text,
+    render::{Look, row},
+};
 use crate::{
     correlate::{Certainty, Endpoint, NatKind, NatStep, PacketTrace, Verdict},
     event::{Ledger, LedgerRow, Transport},
@@ -34,7 +38,7 @@ impl Shared {
 
 fn printed(traces: impl IntoIterator<Item = PacketTrace>) -> String {
     let output = Shared::default();
-    let mut sink = Text::new(output.clone());
+    let mut sink = Text::new(output.clone(), false);
     for trace in traces {
         sink.trace(&Arc::new(trace)).unwrap();
     }
@@ -183,7 +187,7 @@ fn losses_are_told_when_they_grow() {
         ..LedgerRow::default()
     };
     let output = Shared::default();
-    let mut sink = Text::new(output.clone());
+    let mut sink = Text::new(output.clone(), false);
     for refused in [0, 10, 10, 15] {
         sink.ledger(&Ledger {
             time: 0,
@@ -204,7 +208,14 @@ fn drawn(
     colours: bool,
 ) -> String {
     let output = Shared::default();
-    let mut sink = Live::new(output.clone(), Terminal { colours, size });
+    let mut sink = Live::new(
+        output.clone(),
+        Terminal {
+            colours,
+            redraw: true,
+            size,
+        },
+    );
     for trace in traces {
         sink.trace(&Arc::new(trace)).unwrap();
     }
@@ -220,12 +231,17 @@ fn a_small_terminal_shows_the_troubled_flow_and_counts_the_rest() {
         ping.flow.flow.src_port = number;
         ping
     }));
-    insta::assert_snapshot!(drawn(traces, || Some((60, 12)), false), @r#"
-    default/busybox-f5945bfb5-mw26t → default/busybox-f5945bfb5-
-    traceroute to 10.244.205.193 (10.244.205.193), 1 hops max, 8
+    insta::assert_snapshot!(drawn(traces, || Some((60, 14)), false), @r#"
+    default/busybox-f5945bfb5-mw26t →
+            default/busybox-f5945bfb5-mwgr6   ICMP echo   1
+            packet, 1 lost
+    traceroute to 10.244.205.193 (10.244.205.193), 1 hops max,
+            84 byte packets
      1  10.244.120.64 (10.244.120.64)  0.005 ms
           minikube: cali8d02ed71817
-    ✗ dropped on node minikube at cali8d02ed71817: netfilter (a 
+    ✗ dropped on node minikube at cali8d02ed71817: netfilter (a
+            policy or firewall rule), NETFILTER_DROP at
+            nft_do_chain
     and 20 more flows
     "#);
 }
@@ -237,6 +253,7 @@ fn a_frame_replaces_the_one_before_it() {
         output.clone(),
         Terminal {
             colours: true,
+            redraw: true,
             size: || Some((100, 30)),
         },
     );
@@ -255,4 +272,27 @@ fn a_frame_replaces_the_one_before_it() {
     let second = output.text()[first.len()..].to_owned();
     assert!(second.starts_with(&format!("\x1b[{rows}A\r\x1b[J")), "{second:?}");
     assert!(second.contains("4 packets, 0 lost"), "{second:?}");
+}
+
+#[test]
+fn long_rows_break_between_words() {
+    let long = row(
+        Look::Alarm,
+        "✗ dropped on node minikube at tunl0: NETFILTER_DROP at nft_do_chain".into(),
+    );
+    let texts = |columns| {
+        long.wrapped(columns)
+            .into_iter()
+            .map(|row| row.text)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(texts(100).concat(), long.text);
+    assert_eq!(
+        texts(40),
+        [
+            "✗ dropped on node minikube at tunl0:",
+            "        NETFILTER_DROP at nft_do_chain"
+        ]
+    );
+    assert!(texts(12).iter().all(|text| text.chars().count() <= 12));
 }
