@@ -13,7 +13,7 @@ use calitrace_ebpf::{
 };
 
 use super::{
-    maps::{COUNTERS, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, known},
+    maps::{COUNTERS, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, copy, known},
     view::{field, is_kernel_address},
 };
 
@@ -149,8 +149,9 @@ fn submit<T: Copy + 'static>(full: &Full) -> Outcome {
     let Some(mut entry) = EVENTS.reserve::<T>(0) else {
         return Outcome::RingRefused;
     };
-    // SAFETY: each kind of record is a prefix of the next (`calitrace_ebpf::record` asserts it).
-    entry.write(unsafe { *core::ptr::from_ref(full).cast::<T>() });
+    // SAFETY: each kind of record is a prefix of the next (`calitrace_ebpf::record` asserts it), and the ring's entries
+    // are aligned to 8.
+    unsafe { copy(core::ptr::from_ref(full).cast::<T>(), entry.as_mut_ptr()) };
     // A wakeup costs more than all else together, so the consumer comes by itself every few milliseconds, and is
     // woken only by the record that takes the unread data over the watermark. Unread data includes this record.
     let unread = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));

@@ -4,13 +4,14 @@
     reason = "aya's macro hands the context over by value"
 )]
 
-use aya_ebpf::{EbpfContext as _, macros::classifier, programs::TcContext};
+use aya_ebpf::{EbpfContext as _, bindings::__sk_buff, macros::classifier, programs::TcContext};
 use aya_log_ebpf::debug;
 use calitrace_ebpf::{Hook, Place};
 
 use super::{
     account::{self, Outcome},
-    maps, parse,
+    maps::{self, Draft, settled},
+    parse,
     view::SkbView,
 };
 
@@ -18,8 +19,13 @@ use super::{
 /// (`include/net/tcx.h`, `net/sched/cls_bpf.c`).
 const TC_ACT_UNSPEC: i32 = -1;
 
+/// The body. A constant parameter, so that each program has its own copy down to the log messages: a function that
+/// several share would be a call.
 #[inline(always)]
-fn observe(ctx: &TcContext, hook: Hook) -> i32 {
+fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
+    let Some(hook) = Hook::from_number(HOOK) else {
+        return TC_ACT_UNSPEC;
+    };
     let skb = ctx.skb.skb;
     // The loader is privileged, so the verifier lets the context be used as a number: it is the `sk_buff`'s address.
     let address = ctx.as_ptr() as u64;
@@ -27,10 +33,12 @@ fn observe(ctx: &TcContext, hook: Hook) -> i32 {
     let (protocol, ifindex, gso_size, gso_segs) =
         unsafe { ((*skb).protocol, (*skb).ifindex, (*skb).gso_size, (*skb).gso_segs) };
     let netns = account::namespace(address);
-    let Some(full) = maps::draft() else {
+    let Some(draft) = maps::draft() else {
         return TC_ACT_UNSPEC;
     };
-    let outcome = if !parse::packet(&SkbView(skb), protocol as u16, full) {
+    let parsed = parsed(skb, protocol as u16, draft);
+    let full = &mut settled(draft).record;
+    let outcome = if !parsed {
         if protocol as u16 == parse::ETH_P_IP || protocol as u16 == parse::ETH_P_IPV6 {
             debug!(ctx, "interface {} of namespace {}: not parsed", ifindex, netns);
         }
@@ -48,42 +56,52 @@ fn observe(ctx: &TcContext, hook: Hook) -> i32 {
     if outcome == Outcome::Recorded {
         debug!(
             ctx,
-            "hook {} interface {} protocol {} length {}",
-            hook as u8,
-            ifindex,
-            full.plain.proto,
-            full.plain.length
+            "hook {} interface {} protocol {} length {}", HOOK, ifindex, full.plain.proto, full.plain.length
         );
     }
     TC_ACT_UNSPEC
 }
 
+#[inline(always)]
+fn parsed(skb: *mut __sk_buff, protocol: u16, draft: &mut Draft) -> bool {
+    match SkbView::new(skb) {
+        Some(view) => parse::packet(&view, protocol, draft),
+        None => false,
+    }
+}
+
 #[classifier]
+#[inline(always)]
 fn calitrace_workload_ingress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::WorkloadIngress)
+    observe::<{ Hook::WorkloadIngress as u8 }>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 fn calitrace_workload_egress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::WorkloadEgress)
+    observe::<{ Hook::WorkloadEgress as u8 }>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 fn calitrace_tunnel_ingress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::TunnelIngress)
+    observe::<{ Hook::TunnelIngress as u8 }>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 fn calitrace_tunnel_egress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::TunnelEgress)
+    observe::<{ Hook::TunnelEgress as u8 }>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 fn calitrace_uplink_ingress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::UplinkIngress)
+    observe::<{ Hook::UplinkIngress as u8 }>(&ctx)
 }
 
 #[classifier]
+#[inline(always)]
 fn calitrace_uplink_egress(ctx: TcContext) -> i32 {
-    observe(&ctx, Hook::UplinkEgress)
+    observe::<{ Hook::UplinkEgress as u8 }>(&ctx)
 }

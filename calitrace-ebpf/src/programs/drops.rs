@@ -6,7 +6,7 @@ use calitrace_ebpf::{Flags, Full, Hook};
 
 use super::{
     account::{self, Outcome},
-    maps::{self, known},
+    maps::{self, Draft, known, settled},
     parse,
     view::{KernelView, field},
 };
@@ -23,16 +23,17 @@ fn calitrace_kfree_skb(ctx: RawTracePointContext) -> i32 {
         .unwrap_or(0);
     let (netns, ifindex) = account::device(dev);
     let outcome =
-        maps::nested_draft(|full| observe(&ctx, skb, (netns, ifindex), full)).unwrap_or(Outcome::NonIp);
+        maps::nested_draft(|draft| observe(&ctx, skb, (netns, ifindex), draft)).unwrap_or(Outcome::NonIp);
     account::count(Hook::KfreeSkb, netns, 0, outcome);
     0
 }
 
 #[inline(always)]
-fn observe(ctx: &RawTracePointContext, skb: u64, (netns, ifindex): (u64, u32), full: &mut Full) -> Outcome {
-    if !parsed(skb, full) {
+fn observe(ctx: &RawTracePointContext, skb: u64, (netns, ifindex): (u64, u32), draft: &mut Draft) -> Outcome {
+    if !parsed(skb, draft) {
         return Outcome::NonIp;
     }
+    let full = &mut settled(draft).record;
     if !account::in_scope(&full.plain) {
         return Outcome::OutOfScope;
     }
@@ -53,7 +54,7 @@ fn observe(ctx: &RawTracePointContext, skb: u64, (netns, ifindex): (u64, u32), f
 }
 
 #[inline(always)]
-fn parsed(skb: u64, full: &mut Full) -> bool {
+fn parsed(skb: u64, draft: &mut Draft) -> bool {
     let Some(protocol) = known!(skb_protocol).and_then(|offset| field::<u16>(skb, offset)) else {
         return false;
     };
@@ -61,7 +62,7 @@ fn parsed(skb: u64, full: &mut Full) -> bool {
         return false;
     }
     match KernelView::new(skb) {
-        Some(view) => parse::packet(&view, protocol, full),
+        Some(view) => parse::packet(&view, protocol, draft),
         None => false,
     }
 }

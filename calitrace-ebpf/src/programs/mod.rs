@@ -1,6 +1,10 @@
 //! The programs: a packet is parsed (`parse`, `transport`) through a `view` of its bytes, judged and counted
 //! (`account`), and recorded in the ring. They observe only: nothing is written, pulled or marked, and every TC
 //! program returns `TC_ACT_UNSPEC`, so that those behind it run as if it were not there.
+//!
+//! Each program is one function without calls, and everything is inlined into it: in a program with calls, verifiers
+//! before 6.4 or so take every scalar for one whose exact value matters (`mark_reg_unknown`, kernel/bpf/verifier.c), can
+//! no longer tell states alike, and walk millions of instructions until they give up.
 #![expect(
     clippy::inline_always,
     reason = "a BPF function takes five arguments at most and has a stack of its own; the compiler does not know"

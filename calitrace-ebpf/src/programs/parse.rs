@@ -3,7 +3,7 @@
 //! At most one tunnel header is stepped over: that of the node's own tunnel, whose outer addresses are nodes'. Where an
 //! outer address is in scope, the sender is a pod with a tunnel of its own, which is its payload as anything else is.
 
-use calitrace_ebpf::{Flags, Full, TunnelKind};
+use calitrace_ebpf::{Flags, TunnelKind};
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -12,7 +12,12 @@ use network_types::{
     vxlan::VxlanHdr,
 };
 
-use super::{account, maps::VXLAN_PORT, transport, view::View};
+use super::{
+    account,
+    maps::{Draft, VXLAN_PORT, settled},
+    transport,
+    view::View,
+};
 
 /// `skb->protocol` and `EthHdr::ether_type` as they lie in memory.
 pub(super) const ETH_P_IP: u16 = 0x0800_u16.to_be();
@@ -23,56 +28,54 @@ const IPPROTO_IPIP: u8 = 4;
 pub(super) const IPPROTO_UDP: u8 = 17;
 const IPPROTO_IPV6: u8 = 41;
 
-/// Bounds of an IP packet, in bytes behind the network header.
-#[derive(Clone, Copy)]
-pub(super) struct Bounds {
-    /// The transport header (behind IPv6 extension headers).
-    pub(super) transport: u32,
-    /// The end of the packet.
-    pub(super) end: u32,
-}
-
-/// Fills `record` from the packet; false if it is no IP packet.
+/// Fills the draft's record from the packet; false if it is no IP packet.
 #[inline(always)]
-pub(super) fn packet<V: View>(view: &V, protocol: u16, record: &mut Full) -> bool {
+pub(super) fn packet<V: View>(view: &V, protocol: u16, draft: &mut Draft) -> bool {
     let v6 = match protocol {
         ETH_P_IP => false,
         ETH_P_IPV6 => true,
         _ => return false,
     };
-    let Some(mut bounds) = ip(view, v6, 0, record) else {
+    if ip(view, v6, 0, draft).is_none() {
         return false;
-    };
-    if let Some((kind, vni, inner, v6)) = tunnel(view, bounds, record)
-        && !account::in_scope(&record.plain)
-    {
-        record.outer.src = record.plain.src;
-        record.outer.dst = record.plain.dst;
-        record.outer.ttl = record.plain.ttl;
-        record.outer.ip_id = record.plain.ip_id as u16;
-        record.outer.vni = vni;
-        // Without a kind the rest of the outer header counts for nothing.
-        if let Some(inside) = ip(view, v6, inner, record) {
-            record.outer.kind = kind as u8;
-            bounds = inside;
+    }
+    let draft = settled(draft);
+    if tunnel(view, draft).is_some() {
+        let draft = settled(draft);
+        if !account::in_scope(&draft.record.plain) {
+            step_inside(view, draft);
         }
     }
-    transport::header(view, bounds, record);
+    transport::header(view, settled(draft));
     true
 }
 
-/// Reads the IP header at `offset`. Leaves `record` alone if there is none.
+/// Makes the packet the outer one, and the one inside it the packet.
 #[inline(always)]
-fn ip<V: View>(view: &V, v6: bool, offset: u32, record: &mut Full) -> Option<Bounds> {
+fn step_inside<V: View>(view: &V, draft: &mut Draft) {
+    let record = &mut draft.record;
+    record.outer.src = record.plain.src;
+    record.outer.dst = record.plain.dst;
+    record.outer.ttl = record.plain.ttl;
+    record.outer.ip_id = record.plain.ip_id as u16;
+    // Without a kind the rest of the outer header counts for nothing.
+    if ip(view, draft.inner_v6 != 0, draft.inner, draft).is_some() {
+        draft.record.outer.kind = draft.inner_kind as u8;
+    }
+}
+
+/// Reads the IP header at `offset`. Leaves the draft alone if there is none.
+#[inline(always)]
+fn ip<V: View>(view: &V, v6: bool, offset: u32, draft: &mut Draft) -> Option<()> {
     if v6 {
-        ipv6(view, offset, record)
+        ipv6(view, offset, draft)
     } else {
-        ipv4(view, offset, record)
+        ipv4(view, offset, draft)
     }
 }
 
 #[inline(always)]
-fn ipv4<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
+fn ipv4<V: View>(view: &V, offset: u32, draft: &mut Draft) -> Option<()> {
     let header: Ipv4Hdr = view.load(offset)?;
     let header_length = u32::from(header.vihl & 0xf) * 4;
     if header.vihl >> 4 != 4 || header_length < 20 {
@@ -82,7 +85,7 @@ fn ipv4<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
     if length < header_length {
         return None;
     }
-    let plain = &mut record.plain;
+    let plain = &mut draft.record.plain;
     let fragment = u16::from_be_bytes(header.frags);
     plain.flags = if fragment & 0x4000 != 0 { Flags::DF } else { 0 };
     if fragment & 0x2000 != 0 {
@@ -94,23 +97,21 @@ fn ipv4<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
     plain.tos = header.tos;
     plain.length = length;
     plain.ip_id = u32::from(u16::from_be_bytes(header.id));
-    plain.src = mapped(header.src_addr);
-    plain.dst = mapped(header.dst_addr);
-    Some(Bounds {
-        transport: offset + header_length,
-        end: offset + length,
-    })
+    mapped(header.src_addr, &mut plain.src);
+    mapped(header.dst_addr, &mut plain.dst);
+    (draft.transport, draft.end) = (offset + header_length, offset + length);
+    Some(())
 }
 
 #[inline(always)]
-fn ipv6<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
+fn ipv6<V: View>(view: &V, offset: u32, draft: &mut Draft) -> Option<()> {
     let header: Ipv6Hdr = view.load(offset)?;
     if header.vcf[0] >> 4 != 6 {
         return None;
     }
     let payload = u32::from(u16::from_be_bytes(header.payload_len));
     let length = total_length(view, offset, if payload == 0 { 0 } else { payload + 40 })?;
-    let plain = &mut record.plain;
+    let plain = &mut draft.record.plain;
     plain.flags = Flags::V6;
     plain.frag_off = 0;
     plain.ip_id = 0;
@@ -162,10 +163,8 @@ fn ipv6<V: View>(view: &V, offset: u32, record: &mut Full) -> Option<Bounds> {
         }
     }
     plain.proto = next;
-    Some(Bounds {
-        transport,
-        end: offset + length,
-    })
+    (draft.transport, draft.end) = (transport, offset + length);
+    Some(())
 }
 
 /// The length that a header says, or that of a super-packet above 64 KiB, whose header says 0 (big TCP,
@@ -179,39 +178,39 @@ fn total_length<V: View>(view: &V, offset: u32, said: u32) -> Option<u32> {
     }
 }
 
-/// Whether the packet carries another in a tunnel: its kind, VNI, the offset of the inner IP header and whether that
-/// is IPv6.
+/// Looks whether the packet carries another in a tunnel, and where.
 #[inline(always)]
-fn tunnel<V: View>(view: &V, outer: Bounds, record: &Full) -> Option<(TunnelKind, u32, u32, bool)> {
-    if record.plain.frag_off != 0 {
+fn tunnel<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
+    let plain = &draft.record.plain;
+    if plain.frag_off != 0 {
         return None;
     }
-    match record.plain.proto {
-        IPPROTO_IPIP => Some((TunnelKind::Ipip, 0, outer.transport, false)),
-        IPPROTO_IPV6 => Some((TunnelKind::Ipip, 0, outer.transport, true)),
+    match plain.proto {
+        IPPROTO_IPIP => inside(draft, TunnelKind::Ipip, draft.transport, false),
+        IPPROTO_IPV6 => inside(draft, TunnelKind::Ipip, draft.transport, true),
         IPPROTO_UDP => {
-            let udp: UdpHdr = view.load(outer.transport)?;
+            let udp: UdpHdr = view.load(draft.transport)?;
             if u32::from(u16::from_be_bytes(udp.dst)) != VXLAN_PORT.load() {
                 return None;
             }
-            let vxlan: VxlanHdr = view.load(outer.transport + 8)?;
+            let vxlan: VxlanHdr = view.load(draft.transport + 8)?;
             // Bit 3, "I": the network identifier is valid (RFC 7348, 5).
             if vxlan.flags & 8 == 0 {
                 return None;
             }
-            let ethernet: EthHdr = view.load(outer.transport + 16)?;
-            let mut inner = outer.transport + 30;
+            let [a, b, c] = vxlan.vni;
+            draft.record.outer.vni = u32::from_be_bytes([0, a, b, c]);
+            let ethernet: EthHdr = view.load(draft.transport + 16)?;
+            let mut inner = draft.transport + 30;
             let mut ether_type = ethernet.ether_type;
             if ether_type == ETH_P_8021Q {
                 let vlan: VlanHdr = view.load(inner)?;
                 ether_type = vlan.ether_type;
                 inner += 4;
             }
-            let [a, b, c] = vxlan.vni;
-            let vni = u32::from_be_bytes([0, a, b, c]);
             match ether_type {
-                ETH_P_IP => Some((TunnelKind::Vxlan, vni, inner, false)),
-                ETH_P_IPV6 => Some((TunnelKind::Vxlan, vni, inner, true)),
+                ETH_P_IP => inside(draft, TunnelKind::Vxlan, inner, false),
+                ETH_P_IPV6 => inside(draft, TunnelKind::Vxlan, inner, true),
                 _ => None,
             }
         }
@@ -219,8 +218,35 @@ fn tunnel<V: View>(view: &V, outer: Bounds, record: &Full) -> Option<(TunnelKind
     }
 }
 
-/// An IPv4 address as `::ffff:a.b.c.d`.
+/// Notes where the inner IP header is.
 #[inline(always)]
-pub(super) fn mapped([a, b, c, d]: [u8; 4]) -> [u8; 16] {
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "one of a family; this one always succeeds"
+)]
+fn inside(draft: &mut Draft, kind: TunnelKind, at: u32, v6: bool) -> Option<()> {
+    (draft.inner, draft.inner_kind, draft.inner_v6) = (at, kind as u32, u32::from(v6));
+    Some(())
 }
+
+/// Writes an IPv4 address as `::ffff:a.b.c.d` to a field of a record, all of which lie at multiples of 8.
+#[inline(always)]
+#[expect(clippy::cast_ptr_alignment, reason = "the offsets are asserted below")]
+pub(super) fn mapped([a, b, c, d]: [u8; 4], field: &mut [u8; 16]) {
+    let words = core::ptr::from_mut(field).cast::<u64>();
+    // SAFETY: two words fill the field. Volatile, or the compiler calls `memset` for the zeros.
+    unsafe {
+        words.write_volatile(0);
+        words
+            .add(1)
+            .write_volatile(u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d]));
+    }
+}
+
+const _: () = {
+    use core::mem::offset_of;
+
+    use calitrace_ebpf::{Full, Plain, Tail};
+    assert!(offset_of!(Plain, src) % 8 == 0 && offset_of!(Plain, dst) % 8 == 0);
+    assert!(offset_of!(Full, tail) % 8 == 0 && offset_of!(Tail, quoted_dst) % 8 == 0);
+};

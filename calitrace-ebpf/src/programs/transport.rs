@@ -10,7 +10,8 @@ use network_types::{
 };
 
 use super::{
-    parse::{Bounds, IPPROTO_UDP, mapped},
+    maps::{Draft, settled},
+    parse::{IPPROTO_UDP, mapped},
     view::View,
 };
 
@@ -19,34 +20,49 @@ const IPPROTO_TCP: u8 = 6;
 const IPPROTO_ICMPV6: u8 = 58;
 const IPPROTO_SCTP: u8 = 132;
 
-/// Reads the transport header at `bounds` into `record`, as far as it is there.
+/// Reads the transport header into the draft's record, as far as it is there.
 #[inline(always)]
-pub(super) fn header<V: View>(view: &V, bounds: Bounds, record: &mut Full) {
-    let plain = &mut record.plain;
-    plain.payload = bounds.end.saturating_sub(bounds.transport);
+pub(super) fn header<V: View>(view: &V, draft: &mut Draft) {
+    let plain = &mut draft.record.plain;
+    plain.payload = draft.end.saturating_sub(draft.transport);
     let v6 = plain.flags & Flags::V6 != 0;
     let read = if plain.frag_off != 0 {
-        plain.digest = digest(view, bounds.transport, plain.payload);
+        draft.digested = draft.transport;
         None
     } else {
         match plain.proto {
-            IPPROTO_TCP => tcp(view, bounds, record),
-            IPPROTO_UDP => udp(view, bounds, record),
-            IPPROTO_ICMP if !v6 => icmp(view, bounds, v6, record),
-            IPPROTO_ICMPV6 if v6 => icmp(view, bounds, v6, record),
-            IPPROTO_SCTP => other(view, bounds, 12, record),
-            _ => other(view, bounds, 0, record),
+            IPPROTO_TCP => tcp(view, draft),
+            IPPROTO_UDP => udp(view, draft),
+            IPPROTO_ICMP if !v6 => icmp(view, v6, draft),
+            IPPROTO_ICMPV6 if v6 => icmp(view, v6, draft),
+            // NAT rewrites the first and the last four of SCTP's twelve bytes: ports and checksum.
+            IPPROTO_SCTP => digest_from(draft, draft.transport + 12),
+            _ => digest_from(draft, draft.transport),
         }
     };
     if read.is_none() {
-        record.plain.flags |= Flags::NO_TRANSPORT;
+        draft.record.plain.flags |= Flags::NO_TRANSPORT;
+    }
+    let draft = settled(draft);
+    if draft.digested != 0 {
+        draft.record.plain.digest = digest(view, draft);
     }
 }
 
 #[inline(always)]
-fn tcp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
-    let tcp: TcpHdr = view.load(bounds.transport)?;
-    let plain = &mut record.plain;
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "one of a family; this one always succeeds"
+)]
+fn digest_from(draft: &mut Draft, at: u32) -> Option<()> {
+    draft.digested = at;
+    Some(())
+}
+
+#[inline(always)]
+fn tcp<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
+    let tcp: TcpHdr = view.load(draft.transport)?;
+    let plain = &mut draft.record.plain;
     // SAFETY: bytes 12 and 13 of the 20 that were read: data offset, and the flags as one byte.
     let [offset, flags] = unsafe { (&raw const tcp).cast::<[u8; 2]>().add(6).read() };
     let header = u32::from(offset >> 4) * 4;
@@ -57,7 +73,7 @@ fn tcp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
     plain.window = u16::from_be_bytes(tcp.window);
     plain.tcp_flags = flags;
     plain.payload = plain.payload.saturating_sub(header);
-    if let Some(tsval) = timestamp(view, bounds.transport + 20, bounds.transport + header) {
+    if let Some(tsval) = timestamp(view, draft.transport + 20, draft.transport + header) {
         plain.tsval = tsval;
         plain.flags |= Flags::TSVAL;
     }
@@ -76,7 +92,7 @@ fn timestamp<V: View>(view: &V, from: u32, to: u32) -> Option<u32> {
         return Some(u32::from_be_bytes(value));
     }
     let mut at = from;
-    for _ in 0..12 {
+    for _ in 0..8 {
         if at + 2 > to {
             return None;
         }
@@ -93,32 +109,20 @@ fn timestamp<V: View>(view: &V, from: u32, to: u32) -> Option<u32> {
 }
 
 #[inline(always)]
-fn udp<V: View>(view: &V, bounds: Bounds, record: &mut Full) -> Option<()> {
-    let udp: UdpHdr = view.load(bounds.transport)?;
-    let plain = &mut record.plain;
+fn udp<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
+    let udp: UdpHdr = view.load(draft.transport)?;
+    let plain = &mut draft.record.plain;
     plain.sport = u16::from_be_bytes(udp.src);
     plain.dport = u16::from_be_bytes(udp.dst);
     plain.payload = plain.payload.saturating_sub(8);
-    plain.digest = digest(view, bounds.transport + 8, plain.payload);
-    Some(())
+    digest_from(draft, draft.transport + 8)
 }
 
 #[inline(always)]
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "one of a family; this one always succeeds"
-)]
-fn other<V: View>(view: &V, bounds: Bounds, skip: u32, record: &mut Full) -> Option<()> {
-    let plain = &mut record.plain;
-    plain.digest = digest(view, bounds.transport + skip, plain.payload.saturating_sub(skip));
-    Some(())
-}
-
-#[inline(always)]
-fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Option<()> {
+fn icmp<V: View>(view: &V, v6: bool, draft: &mut Draft) -> Option<()> {
     // ICMPv6 has the same first eight bytes.
-    let icmp: Icmpv4Hdr = view.load(bounds.transport)?;
-    let plain = &mut record.plain;
+    let icmp: Icmpv4Hdr = view.load(draft.transport)?;
+    let plain = &mut draft.record.plain;
     plain.sport = u16::from_be_bytes([icmp.type_, icmp.code]);
     plain.payload = plain.payload.saturating_sub(8);
     let error = if v6 {
@@ -126,16 +130,14 @@ fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Optio
     } else {
         matches!(icmp.type_, 3..=5 | 11 | 12)
     };
-    if error && quoted(view, bounds.transport + 8, v6, record).is_some() {
-        record.plain.tsval = u32::from_be_bytes(icmp.data);
-        record.plain.flags |= Flags::ICMP_ERROR;
+    if error && quoted(view, draft.transport + 8, v6, &mut draft.record).is_some() {
+        draft.record.plain.tsval = u32::from_be_bytes(icmp.data);
+        draft.record.plain.flags |= Flags::ICMP_ERROR;
         return Some(());
     }
     // Identifier and sequence number of an echo, as one word.
-    let plain = &mut record.plain;
-    plain.seq = u32::from_be_bytes(icmp.data);
-    plain.digest = digest(view, bounds.transport + 8, plain.payload);
-    Some(())
+    draft.record.plain.seq = u32::from_be_bytes(icmp.data);
+    digest_from(draft, draft.transport + 8)
 }
 
 /// Reads the packet that an ICMP error quotes. Leaves `record` alone if there is none.
@@ -146,32 +148,25 @@ fn icmp<V: View>(view: &V, bounds: Bounds, v6: bool, record: &mut Full) -> Optio
     reason = "the mask is the fragment offset of RFC 791"
 )]
 fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option<()> {
-    let (proto, ttl, id, length, dst, transport, first) = if v6 {
+    let (proto, ttl, id, length, transport, first) = if v6 {
         let ip: Ipv6Hdr = view.load(offset)?;
         if ip.vcf[0] >> 4 != 6 {
             return None;
         }
+        record.tail.quoted_dst = ip.dst_addr;
         let length = u32::from(u16::from_be_bytes(ip.payload_len)) + 40;
-        (
-            ip.next_hdr,
-            ip.hop_limit,
-            0,
-            length,
-            ip.dst_addr,
-            offset + 40,
-            true,
-        )
+        (ip.next_hdr, ip.hop_limit, 0, length, offset + 40, true)
     } else {
         let ip: Ipv4Hdr = view.load(offset)?;
         if ip.vihl >> 4 != 4 {
             return None;
         }
+        mapped(ip.dst_addr, &mut record.tail.quoted_dst);
         (
             ip.proto,
             ip.ttl,
             u16::from_be_bytes(ip.id),
             u32::from(u16::from_be_bytes(ip.tot_len)),
-            mapped(ip.dst_addr),
             offset + u32::from(ip.vihl & 0xf) * 4,
             u16::from_be_bytes(ip.frags) & 0x1fff == 0,
         )
@@ -180,7 +175,6 @@ fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option
     plain.dport = u16::from_be_bytes([proto, ttl]);
     plain.window = id;
     plain.payload = length;
-    record.tail.quoted_dst = dst;
     // Routers quote eight bytes of the transport header at least (RFC 792).
     if first && let Some(bytes) = view.load::<[u8; 8]>(transport) {
         let [a, b, c, d, e, f, g, h] = bytes;
@@ -194,57 +188,49 @@ fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option
     Some(())
 }
 
-/// A digest of the first up to 32 of `length` bytes at `offset`: the same at every hook, whatever NAT does to the
+/// A digest of the first up to 32 bytes from `draft.digested` on: the same at every hook, whatever NAT does to the
 /// headers. 0 if there are none or they cannot be read.
 #[inline(always)]
-fn digest<V: View>(view: &V, offset: u32, length: u32) -> u64 {
+fn digest<V: View>(view: &V, draft: &mut Draft) -> u64 {
+    let mut at = draft.digested;
+    let length = draft.end.saturating_sub(at);
     if length == 0 {
         return 0;
     }
-    let mut words = [0_u64; 4];
-    if length >= 32 {
-        let Some(all) = view.load::<[u64; 4]>(offset) else {
-            return 0;
-        };
-        words = all;
-    } else {
-        // In pieces of constant size: old verifiers do not take a variable one.
-        let mut at = offset;
-        if length & 16 != 0 {
-            let Some([first, second]) = view.load::<[u64; 2]>(at) else {
-                return 0;
-            };
-            (words[0], words[1]) = (first, second);
-            at += 16;
-        }
-        if length & 8 != 0 {
-            let Some(word) = view.load::<u64>(at) else {
-                return 0;
-            };
-            words[2] = word;
-            at += 8;
-        }
-        if length & 4 != 0 {
-            let Some(half) = view.load::<u32>(at) else {
-                return 0;
-            };
-            words[3] |= u64::from(half);
-            at += 4;
-        }
-        if length & 2 != 0 {
-            let Some(quarter) = view.load::<u16>(at) else {
-                return 0;
-            };
-            words[3] |= u64::from(quarter) << 32;
-            at += 2;
-        }
-        if length & 1 != 0 {
-            let Some(byte) = view.load::<u8>(at) else { return 0 };
-            words[3] |= u64::from(byte) << 48;
+    let words = &raw mut draft.payload;
+    let mut status = 0;
+    // SAFETY: each piece lies within the 32 bytes of `words`. In pieces of constant size, because verifiers lose track of
+    // a variable one; straight into the draft, because they would keep apart which parts of the stack were written.
+    unsafe {
+        if length >= 32 {
+            status |= view.copy(at, words);
+        } else {
+            if length & 16 != 0 {
+                status |= view.copy(at, words.cast::<[u64; 2]>());
+                at += 16;
+            }
+            if length & 8 != 0 {
+                status |= view.copy(at, words.cast::<u64>().add(2));
+                at += 8;
+            }
+            if length & 4 != 0 {
+                status |= view.copy(at, words.cast::<u32>().add(6));
+                at += 4;
+            }
+            if length & 2 != 0 {
+                status |= view.copy(at, words.cast::<u16>().add(14));
+                at += 2;
+            }
+            if length & 1 != 0 {
+                status |= view.copy(at, words.cast::<u8>().add(30));
+            }
         }
     }
+    if status != 0 {
+        return 0;
+    }
     let mut hash = u64::from(if length > 32 { 32 } else { length });
-    for word in words {
+    for word in settled(draft).payload {
         hash = mix(hash ^ word);
     }
     if hash == 0 { 1 } else { hash }

@@ -4,10 +4,10 @@
 use core::mem::MaybeUninit;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, bpf_hdr_start_off::BPF_HDR_START_NET},
+    bindings::__sk_buff,
     helpers::{
         bpf_probe_read_kernel,
-        generated::{bpf_probe_read_kernel as probe_read, bpf_skb_load_bytes, bpf_skb_load_bytes_relative},
+        generated::{bpf_probe_read_kernel as probe_read, bpf_skb_load_bytes},
     },
 };
 
@@ -15,11 +15,29 @@ use super::maps::known;
 
 /// Access to a packet's bytes.
 pub(super) trait View {
-    /// Copies a `T` (a header: integers and arrays of them) from `offset` bytes behind the network header.
-    fn load<T: Copy>(&self, offset: u32) -> Option<T>;
+    /// Copies a `T` (a header: integers and arrays of them) from `offset` bytes behind the network header to `to`.
+    /// 0 if it could.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of a `T`.
+    unsafe fn copy<T>(&self, offset: u32, to: *mut T) -> i64;
 
     /// Bytes from the network header to the end of the packet, padding of the link layer included.
     fn end(&self) -> Option<u32>;
+
+    /// As [`Self::copy`], by value.
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+        let mut value = Aligned::<T>(MaybeUninit::uninit());
+        // SAFETY: `value` is a `T`; when it was filled, any bytes make a header.
+        unsafe {
+            if self.copy(offset, value.0.as_mut_ptr()) == 0 {
+                Some(value.0.assume_init())
+            } else {
+                None
+            }
+        }
+    }
 }
 
 /// Lets the compiler use wide loads on header types, which are made of single bytes.
@@ -27,49 +45,43 @@ pub(super) trait View {
 struct Aligned<T>(MaybeUninit<T>);
 
 /// The packet of a TC program.
-pub(super) struct SkbView(pub(super) *mut __sk_buff);
+pub(super) struct SkbView {
+    skb: *mut __sk_buff,
+    /// Bytes from `skb->data` to the network header.
+    network: u32,
+}
+
+impl SkbView {
+    /// Looks at the packet of a program's context.
+    #[inline(always)]
+    pub(super) fn new(skb: *mut __sk_buff) -> Option<Self> {
+        Some(Self {
+            skb,
+            network: network_offset(skb)?,
+        })
+    }
+}
 
 impl View for SkbView {
     #[inline(always)]
-    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
-        let mut value = Aligned::<T>(MaybeUninit::uninit());
-        let to = value.0.as_mut_ptr();
-        // SAFETY: the helper checks `offset` and writes exactly `size_of::<T>()` bytes.
-        let status = unsafe {
-            bpf_skb_load_bytes_relative(
-                self.0.cast_const().cast(),
-                offset,
+    unsafe fn copy<T>(&self, offset: u32, to: *mut T) -> i64 {
+        // Not `bpf_skb_load_bytes_relative`, which would count from the network header by itself: it reads the linear
+        // part only (net/core/filter.c), and payload often lies outside.
+        // SAFETY: the helper checks `offset` and writes `size_of::<T>()` bytes, for which `to` is valid.
+        unsafe {
+            bpf_skb_load_bytes(
+                self.skb.cast_const().cast(),
+                self.network.wrapping_add(offset),
                 to.cast(),
                 size_of::<T>() as u32,
-                BPF_HDR_START_NET,
             )
-        };
-        if status != 0 {
-            // It reads the linear part only (net/core/filter.c); the other helper reads fragments, too, but
-            // counts from `skb->data`.
-            let network = network_offset(self.0)?;
-            // SAFETY: as above.
-            let status = unsafe {
-                bpf_skb_load_bytes(
-                    self.0.cast_const().cast(),
-                    network.wrapping_add(offset),
-                    to.cast(),
-                    size_of::<T>() as u32,
-                )
-            };
-            if status != 0 {
-                return None;
-            }
         }
-        // SAFETY: a helper filled it, and any bytes make a header.
-        Some(unsafe { value.0.assume_init() })
     }
 
     #[inline(always)]
     fn end(&self) -> Option<u32> {
         // SAFETY: a field of the program's context.
-        let length = unsafe { (*self.0).len };
-        length.checked_sub(network_offset(self.0)?)
+        unsafe { (*self.skb).len }.checked_sub(self.network)
     }
 }
 
@@ -77,43 +89,32 @@ impl View for SkbView {
 /// `tunl0` and its like at the IP header.
 #[inline(always)]
 fn network_offset(skb: *mut __sk_buff) -> Option<u32> {
-    u32::try_from(raw_network_offset(skb)).ok()
-}
-
-/// [`network_offset`], or a negative number. A function of its own, as it is rarely called from many places.
-#[inline(never)]
-#[expect(clippy::cast_ptr_alignment, reason = "probe_read copies from any address")]
-fn raw_network_offset(skb: *mut __sk_buff) -> i64 {
     if let (Some(head), Some(data), Some(header)) =
         (known!(skb_head), known!(skb_data), known!(skb_network_header))
     {
-        let skb = skb.cast::<u8>().cast_const();
-        // SAFETY: the context of a TC program is the `sk_buff` itself; probe_read checks the address.
-        let (Ok(head), Ok(data), Ok(header)) = (unsafe {
-            (
-                bpf_probe_read_kernel(skb.wrapping_add(head).cast::<u64>()),
-                bpf_probe_read_kernel(skb.wrapping_add(data).cast::<u64>()),
-                bpf_probe_read_kernel(skb.wrapping_add(header).cast::<u16>()),
-            )
-        }) else {
-            return -1;
-        };
-        return (head + u64::from(header)).wrapping_sub(data).cast_signed();
+        // The context of a TC program is the `sk_buff` itself.
+        let address = skb as u64;
+        let head: u64 = field(address, head)?;
+        let data: u64 = field(address, data)?;
+        let header: u16 = field(address, header)?;
+        let offset = (head + u64::from(header)).wrapping_sub(data);
+        return u16::try_from(offset).ok().map(u32::from);
     }
     // Without BTF: an Ethernet header names the protocol that the skb has, at its bytes 12 and 13.
     let mut ether_type = 0_u16;
     // SAFETY: writes two bytes into `ether_type`; the other read is a field of the context.
     let (status, protocol) = unsafe {
+        let to = (&raw mut ether_type).cast();
         (
-            bpf_skb_load_bytes(skb.cast_const().cast(), 12, (&raw mut ether_type).cast(), 2),
+            bpf_skb_load_bytes(skb.cast_const().cast(), 12, to, 2),
             (*skb).protocol,
         )
     };
-    if status == 0 && u32::from(ether_type) == protocol {
+    Some(if status == 0 && u32::from(ether_type) == protocol {
         14
     } else {
         0
-    }
+    })
 }
 
 /// The packet of a `struct sk_buff *` seen by a tracing program.
@@ -158,24 +159,17 @@ impl KernelView {
 
 impl View for KernelView {
     #[inline(always)]
-    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+    unsafe fn copy<T>(&self, offset: u32, to: *mut T) -> i64 {
         if u64::from(offset) + size_of::<T>() as u64 > u64::from(self.linear) {
-            return None;
+            return -1;
         }
-        let mut value = Aligned::<T>(MaybeUninit::uninit());
-        // SAFETY: the helper checks the address and writes exactly `size_of::<T>()` bytes.
-        let status = unsafe {
+        // SAFETY: the helper checks the address and writes `size_of::<T>()` bytes, for which `to` is valid.
+        unsafe {
             probe_read(
-                value.0.as_mut_ptr().cast(),
+                to.cast(),
                 size_of::<T>() as u32,
                 (self.network + u64::from(offset)) as *const _,
             )
-        };
-        if status == 0 {
-            // SAFETY: the helper filled it, and any bytes make a header.
-            Some(unsafe { value.0.assume_init() })
-        } else {
-            None
         }
     }
 

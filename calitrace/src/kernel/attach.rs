@@ -3,14 +3,15 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Error, Result};
+use anyhow::{Context as _, Result};
 use aya::programs::{
     Link as _, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+    links::FdLink,
     tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
 };
 use calitrace_ebpf::{Direction, Hook};
 
-use super::{clsact, hooks, load::Kernel, permission::program_io_error};
+use super::{clsact, hooks, load::Kernel, permission::program_io_error, sys};
 use crate::{event::Netns, netns};
 
 /// Priorities of our clsact filters: the first that a filter can have on ingress, and one behind all that others
@@ -147,13 +148,14 @@ impl Kernel {
             tcx,
         } = attachment;
         let detached = if tcx {
-            link.detach().map_err(Error::new)
+            detach_tcx(link)
         } else {
             handle.run(|| {
                 match link.detach() {
                     Err(error) if gone(&error) || taken_away(&error) => return Ok(()),
                     done => done?,
                 }
+                sys::wait_for_running_programs();
                 if qdisc.is_some() {
                     clsact::remove_if_empty(ifindex)
                 } else {
@@ -161,7 +163,7 @@ impl Kernel {
                 }
             })
         };
-        // The program no longer runs there: detaching waits for those that do.
+        // The program no longer runs there.
         let closed = self.instance(netns)?.close_slot(netns, ifindex, hook);
         detached.with_context(|| format!("cannot detach {} from {ifname}", hooks::row(hook).name))?;
         closed
@@ -182,6 +184,7 @@ impl Kernel {
                     }
                 }
             }
+            sys::wait_for_running_programs();
         }
         result
     }
@@ -244,6 +247,21 @@ struct Done {
     link: SchedClassifierLink,
     tcx: bool,
     added_qdisc: bool,
+}
+
+fn detach_tcx(link: SchedClassifierLink) -> Result<()> {
+    let id = <&FdLink>::try_from(&link)
+        .context("a TCX link")?
+        .info()
+        .context("ask for the link's id")?
+        .id();
+    match sys::detach_link(id) {
+        // The link is without an interface since that was deleted.
+        Err(error) if !matches!(error.raw_os_error(), Some(libc::ENOLINK | libc::ENOENT)) => {
+            Err(error).context("detach the TCX link")
+        }
+        _ => link.detach().context("close the TCX link"),
+    }
 }
 
 /// What to attach to, and how.

@@ -10,11 +10,14 @@ pub mod hooks;
 mod instance;
 mod load;
 mod logs;
+#[cfg(test)]
+mod measure;
 mod names;
 mod offsets;
 mod permission;
 mod ring;
 mod symbols;
+mod sys;
 
 pub use attach::{Attached, AttachmentCheck};
 pub use capabilities::{Capability, capabilities};
