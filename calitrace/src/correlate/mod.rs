@@ -16,6 +16,8 @@ mod open;
 mod order;
 #[cfg(test)]
 mod properties;
+#[cfg(test)]
+mod streams;
 mod timers;
 mod topology;
 mod trace;

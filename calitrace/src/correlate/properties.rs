@@ -12,11 +12,11 @@ use crate::event::{
     Node, Observation, Packet, Pod, Role, Route, RouteKind, Transport,
 };
 
-const DRAIN: u64 = 10_000_000;
-const TUNNEL: u32 = 2;
-const UPLINK: u32 = 3;
-const POD: u32 = 10;
-const BEGIN: u64 = 1_000_000_000;
+pub(super) const DRAIN: u64 = 10_000_000;
+pub(super) const TUNNEL: u32 = 2;
+pub(super) const UPLINK: u32 = 3;
+pub(super) const POD: u32 = 10;
+pub(super) const BEGIN: u64 = 1_000_000_000;
 
 /// Where a packet goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -85,7 +85,7 @@ fn sent() -> impl Strategy<Value = Sent> {
     })
 }
 
-fn netns(node: usize) -> u64 {
+pub(super) fn netns(node: usize) -> u64 {
     4_026_532_000 + node as u64
 }
 
@@ -97,12 +97,12 @@ fn node_address(node: usize) -> Ipv4Addr {
     Ipv4Addr::new(192, 168, 49, 2 + octet(node))
 }
 
-fn pod_address(node: usize, pod: usize) -> Ipv4Addr {
+pub(super) fn pod_address(node: usize, pod: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 244, octet(node), 67 + octet(pod))
 }
 
 /// What is known about the two nodes.
-fn facts(tunnel: bool) -> Vec<Fact> {
+pub(super) fn facts(tunnel: bool) -> Vec<Fact> {
     let mut facts = Vec::new();
     for node in 0..2 {
         let (netns, other) = (netns(node), 1 - node);
