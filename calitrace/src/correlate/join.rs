@@ -116,13 +116,21 @@ fn by_skb(sight: &Sight<'_>, trace: &Open, topology: &Topology, translations: &T
         )
 }
 
-/// The same content, the oldest first: packets of a flow keep their order.
+/// The same content, the oldest first: packets of a flow keep their order. One that was seen to leave comes before one
+/// whose leaving must have been missed.
 fn by_content(sight: &Sight<'_>, open: &OpenTraces, cluster: u32) -> Option<u32> {
-    let candidates = open.by_content(cluster, &sight.flow, &sight.part);
-    candidates.iter().copied().find(|index| {
+    let mut missed = None;
+    for index in open.by_content(cluster, &sight.flow, &sight.part) {
         let trace = open.get(*index);
-        trace.current == sight.flow && trace.part.matches(&sight.part, false) && may_be(sight, trace)
-    })
+        if trace.current != sight.flow || !trace.part.matches(&sight.part, false) || !may_be(sight, trace) {
+            continue;
+        }
+        if trace.last().is_egress() {
+            return Some(*index);
+        }
+        missed = missed.or(Some(*index));
+    }
+    missed
 }
 
 /// TCP data: bytes in common, each byte once.

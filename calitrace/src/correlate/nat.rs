@@ -92,3 +92,64 @@ pub(super) fn steps(node: Netns, at: usize, before: &Flow, after: &Flow) -> Smal
     }
     steps
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Fact;
+
+    const NODE: Netns = 7;
+
+    fn flow(src: [u8; 4], dst: [u8; 4], dst_port: u16) -> Flow {
+        Flow {
+            proto: 6,
+            src: src.into(),
+            dst: dst.into(),
+            src_port: 40_000,
+            dst_port,
+        }
+    }
+
+    #[test]
+    fn a_service_address_is_evidence_and_any_other_is_not() {
+        let mut topology = Topology::default();
+        let prefixes = vec!["10.96.0.0/12".parse().unwrap()];
+        topology.learn(&Fact::Services { time: 0, prefixes });
+        let translations = Translations::default();
+        let is_one = |before, after| translations.is_one(&topology, 1, NODE, &before, &after);
+        let pod = flow([10, 244, 0, 1], [10, 244, 1, 1], 8080);
+        assert!(is_one(flow([10, 244, 0, 1], [10, 96, 0, 10], 80), pod));
+        assert!(!is_one(flow([10, 244, 0, 1], [10, 244, 2, 2], 80), pod));
+        assert!(is_one(
+            key::reverse(&pod),
+            key::reverse(&flow([10, 244, 0, 1], [10, 96, 0, 10], 80))
+        ));
+    }
+
+    #[test]
+    fn a_translation_that_was_seen_is_evidence_for_that_of_the_answer() {
+        let topology = Topology::default();
+        let mut translations = Translations::default();
+        let before = flow([10, 244, 0, 1], [172, 16, 0, 10], 80);
+        let after = flow([10, 244, 0, 1], [10, 244, 1, 1], 8080);
+        let (answer, translated) = (key::reverse(&after), key::reverse(&before));
+        assert!(!translations.is_one(&topology, 1, NODE, &answer, &translated));
+        translations.remember(1, &before, &after);
+        assert!(translations.is_one(&topology, 1, NODE, &answer, &translated));
+        assert!(
+            !translations.is_one(&topology, 2, NODE, &answer, &translated),
+            "another cluster"
+        );
+    }
+
+    #[test]
+    fn both_sides_translated_are_two_steps() {
+        let before = flow([10, 244, 0, 1], [10, 96, 0, 10], 80);
+        let after = flow([192, 168, 49, 2], [10, 244, 0, 1], 8080);
+        let kinds: Vec<NatKind> = steps(NODE, 1, &before, &after)
+            .iter()
+            .map(|step| step.kind)
+            .collect();
+        assert_eq!(kinds, [NatKind::Dnat, NatKind::Snat]);
+    }
+}
