@@ -339,3 +339,67 @@ impl Correlator {
         self.open.get_mut(index).close_at = self.timers.set(id, hold, time);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::{Packet, Transport};
+
+    fn sent(number: u32) -> Item {
+        let packet = Packet {
+            src: [10, 244, 0, 1].into(),
+            dst: [10, 244, 1, 1].into(),
+            proto: 17,
+            ttl: 64,
+            tos: 0,
+            ip_id: number,
+            length: 48,
+            dont_fragment: false,
+            more_fragments: false,
+            fragment_offset: 0,
+            transport: Transport::Udp {
+                src_port: 5000,
+                dst_port: 53,
+                payload: 20,
+            },
+            digest: number.into(),
+            gso_size: 0,
+            gso_segs: 0,
+        };
+        Item::Observation(Observation {
+            time: 1_000 + u64::from(number),
+            netns: 1,
+            ifindex: 2,
+            hook: Hook::WorkloadIngress,
+            cpu: 0,
+            skb: 0,
+            head: 0,
+            packet,
+            encap: None,
+            drop: None,
+        })
+    }
+
+    #[test]
+    fn too_many_open_traces_close_the_oldest_as_unknown_and_count_it() {
+        let mut correlator = Correlator::new(Config { drain_period: 0 });
+        let mut closed = Vec::new();
+        let packets = u32::try_from(MAX_OPEN).unwrap() + 3;
+        for number in 0..packets {
+            correlator.push(&sent(number), &mut closed);
+        }
+        assert_eq!(correlator.evicted(), 3);
+        assert_eq!(correlator.open.len(), MAX_OPEN);
+        let oldest: Vec<_> = closed
+            .iter()
+            .map(|trace| (trace.packet.ip_id, trace.verdict))
+            .collect();
+        assert_eq!(oldest, [0, 1, 2].map(|number| (number, Verdict::Unknown)));
+    }
+
+    #[test]
+    fn an_open_trace_of_six_sightings_takes_less_than_a_kibibyte() {
+        let size = size_of::<Open>() + 6 * size_of::<Seen>();
+        assert!(size <= 1024, "{size} bytes");
+    }
+}
