@@ -347,6 +347,39 @@ fn without_btf_only_tc_observes_and_namespaces_are_told_apart() {
 }
 
 #[test]
+fn programs_load_with_their_log_messages_too() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    // The verifier keeps the calls that it otherwise removes.
+    let mut watch = Watch::new(&Config {
+        verbose: true,
+        ..Config::default()
+    });
+    watch.kernel.attach_global().unwrap();
+    assert_eq!(watch.kernel.missing(), Vec::<String>::new());
+    for hook in [
+        Hook::WorkloadEgress,
+        Hook::WorkloadIngress,
+        Hook::TunnelEgress,
+        Hook::TunnelIngress,
+        Hook::UplinkEgress,
+        Hook::UplinkIngress,
+    ] {
+        watch.attach(&net.left, hook);
+    }
+    net.left
+        .udp(LEFT, 0)
+        .send_to(b"talkative", (RIGHT, 7205))
+        .unwrap();
+    watch.wait(1, |seen| {
+        seen.packet.length == 28 + 9 && seen.packet.src == LEFT && seen.hook == Hook::WorkloadEgress
+    });
+    watch.finish();
+}
+
+#[test]
 fn a_ring_of_no_legal_size_is_refused() {
     if !root() {
         return;
