@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::{SigSet, Signal as Interrupt};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::plan;
@@ -16,6 +17,8 @@ use crate::{
     source::live::{self, Live},
 };
 
+/// A signal within this time after the first one is the same one.
+const AGAIN: Duration = Duration::from_secs(1);
 /// How often to look for a node that is not there yet.
 const PATIENCE: Duration = Duration::from_millis(250);
 
@@ -61,11 +64,15 @@ async fn watch(plan: &plan::Watch) -> Result<()> {
             },
             None => signals.any().await,
         }
-        // Detaching takes a moment on a node with many pods; who asks twice does not want to wait for the last ledger.
-        // The kernel takes the hooks away with the process.
-        tokio::spawn(async move {
-            signals.any().await;
-            std::process::exit(1);
+        // Detaching takes a moment on a node with many pods; who asks again after a while does not want to wait for the
+        // last ledger. The kernel takes the hooks away with the process. Not at once: one Ctrl-C may come twice, from
+        // the terminal and through `sudo` or `timeout`.
+        tokio::spawn(async {
+            tokio::time::sleep(AGAIN).await;
+            if let Ok(mut again) = Signals::listen() {
+                again.any().await;
+                std::process::exit(1);
+            }
         });
     };
     let ready = |what: &str| say(&format!("observing {what}"));
@@ -124,6 +131,10 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self> {
+        // Whoever started this process may have held them back for itself; a mask is inherited.
+        SigSet::from_iter([Interrupt::SIGINT, Interrupt::SIGTERM])
+            .thread_unblock()
+            .context("let SIGINT and SIGTERM through")?;
         Ok(Self {
             interrupt: signal(SignalKind::interrupt()).context("listen for SIGINT")?,
             terminate: signal(SignalKind::terminate()).context("listen for SIGTERM")?,
