@@ -258,7 +258,8 @@ fn flow<S: Serializer>(name: &FlowName, serializer: S) -> Result<S::Ok, S::Error
     }
     let flow = &name.flow;
     let ports = matches!(flow.proto, 6 | 17 | 132) && (flow.src_port, flow.dst_port) != (0, 0);
-    let echo = matches!(flow.proto, 1 | 58);
+    // Messages other than echoes have no identifier, and flows know them by the port 0.
+    let echo = matches!(flow.proto, 1 | 58) && flow.src_port != 0;
     Form {
         proto: &crate::event::protocol_name(flow.proto),
         src: flow.src,
