@@ -58,7 +58,7 @@ pub(crate) fn require(programs: &[Program]) -> Result<()> {
     let missing = missing_packages(programs);
     if missing.is_empty() {
         let names: Vec<&str> = programs.iter().map(|program| program.name).collect();
-        say(&format!("programs: {} are there", names.join(", ")));
+        say(&format!("programs there: {}", names.join(", ")));
         return Ok(());
     }
     let list = missing.join(" ");
