@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, path, run, with},
+    support::{Watch, goes, path, quiet, run, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -155,7 +155,7 @@ fn every_traceroute() -> Result<()> {
             let lab = Lab::up(&Options {
                 order,
                 encapsulation,
-                ..Options::default()
+                ..quiet()
             })?;
             for kind in [
                 Kind::Udp,

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, with},
+    support::{Watch, goes, quiet, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -23,7 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
 const BODY: usize = 300_000;
 
 fn without_offloads() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+    let lab = Lab::up(&quiet())?;
     lab.offloads(false)?;
     let folder = tempfile::tempdir().context("make a folder")?;
     let capture_file = folder.path().join("pod1.pcap");

@@ -11,7 +11,7 @@ use calitrace_tests::{Lab, Options};
 
 use crate::{
     Test,
-    support::{Watch, binary, run, with},
+    support::{Watch, binary, quiet, run, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -141,7 +141,7 @@ fn broken_pipe() -> Result<()> {
 
 /// TC only, with one line that says so.
 fn no_btf() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+    let lab = Lab::up(&quiet())?;
     let folder = tempfile::tempdir().context("make a folder")?;
     let empty = folder.path().join("empty");
     fs::write(&empty, b"").context("write an empty file")?;

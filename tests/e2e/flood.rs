@@ -1,12 +1,12 @@
 //! Nothing is lost silently: a flood that overruns a small ring, and the ledger beside what the socket sent.
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Options};
+use calitrace_tests::Lab;
 use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, with},
+    support::{Watch, quiet, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[("a_flood_that_overruns_the_ring_is_counted_to_the_packet", || {
@@ -30,7 +30,7 @@ fn flood(mut datagrams: u64) -> Result<()> {
 }
 
 fn one_flood(datagrams: u64) -> Result<u64> {
-    let lab = Lab::up(&Options::default())?;
+    let lab = Lab::up(&quiet())?;
     let server = lab.udp_server("pod2", 5353, false)?;
     let watch = Watch::start(&with(&lab, &["-o", "json", "--ring-size", "16KiB"]))?;
     let to = format!("{}:5353", lab.pod("pod2")?.address);

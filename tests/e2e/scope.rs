@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, only, with},
+    support::{Watch, goes, only, quiet, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -23,7 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 /// Like the SSH session that shows the traces: both ends on the uplink, neither a pod's.
 fn node_traffic() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+    let lab = Lab::up(&quiet())?;
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
     let there = lab.namespace("minikube-m02")?;
     let listener = there.within(|| TcpListener::bind("192.168.49.3:2222").context("listen like sshd"))?;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use calitrace_tests::{Lab, patience};
+use calitrace_tests::{Lab, Options, patience};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -79,6 +79,14 @@ pub(crate) fn run<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Finished> {
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     })
+}
+
+/// A lab where nothing is sent but by the test: IPv6 hosts announce themselves and their groups at any time.
+pub(crate) fn quiet() -> Options {
+    Options {
+        ipv6: false,
+        ..Options::default()
+    }
 }
 
 /// `--netns` for the nodes of a lab: all of them, or those with these names. Other labs may be up at the same time.

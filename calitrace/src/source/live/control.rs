@@ -30,11 +30,12 @@ use crate::{
     route::{Lookup, Monitor},
 };
 
-/// Netlink tells of changes in a known namespace at once; new namespaces, lost attachments and clocks are looked for
-/// this often.
+/// Netlink tells of changes in a known namespace at once; new namespaces and clocks are looked for this often.
 const ROUND: Duration = Duration::from_secs(1);
 /// A namespace may become a node without a new namespace appearing: all are looked at this often at least.
 const THOROUGH: Duration = Duration::from_secs(10);
+/// Attachments are looked at this often: each look enters a namespace, and a node may have hundreds.
+const CHECK: Duration = Duration::from_secs(5);
 /// Changes come in bursts (a pod: link, address, route, neighbour); one look after the burst sees them all.
 const SETTLE: Duration = Duration::from_millis(20);
 
@@ -84,6 +85,8 @@ pub(super) struct Control {
     repaired: FxHashMap<Site, u32>,
     /// The namespaces there were when all were last looked at, and when that was.
     looked: (BTreeSet<Netns>, Instant),
+    /// When the attachments were last looked at.
+    checked: Instant,
     /// Said once each: a namespace may vanish while it is looked at, a kernel may refuse every interface alike.
     warned: BTreeSet<String>,
 }
@@ -107,6 +110,7 @@ impl Control {
             sites: FxHashMap::default(),
             repaired: FxHashMap::default(),
             looked: (BTreeSet::new(), Instant::now()),
+            checked: Instant::now(),
             warned: BTreeSet::new(),
         }
     }
@@ -170,7 +174,10 @@ impl Control {
             let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
             self.look_again(&unnamed)?;
         }
-        self.repair();
+        if self.checked.elapsed() >= CHECK {
+            self.checked = Instant::now();
+            self.repair();
+        }
         self.attach()
     }
 
