@@ -137,16 +137,17 @@ fn schema() -> Result<()> {
     Ok(())
 }
 
-/// `jc`, from Python's package index, installed by `cargo xtask test`.
+/// `jc`, from Python's package index: the one that `cargo xtask setup` installs, or the one on the path.
 fn jc() -> Result<()> {
-    let jc = std::env::var("CALITRACE_JC").unwrap_or_else(|_| "jc".to_owned());
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/python/bin/jc");
+    let jc = if Path::new(own).exists() { own } else { "jc" };
     let lab = Lab::up(&Options::default())?;
     let watch = Watch::start(&with(&lab, &["-o", "traceroute"]))?;
     mixed_traffic(&lab)?;
     let printed = watch.stop()?.stdout;
     let mut blocks = 0;
     for block in printed.trim_end().split("\n\n") {
-        let parsed = jc_parse(&jc, block).with_context(|| format!("jc on:\n{block}"))?;
+        let parsed = jc_parse(jc, block).with_context(|| format!("jc on:\n{block}"))?;
         let lines = block.lines().count() - 1;
         let hops = parsed["hops"].as_array().map_or(0, Vec::len);
         ensure!(
@@ -171,7 +172,7 @@ fn jc_parse(jc: &str, block: &str) -> Result<Value> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("run {jc}; `cargo xtask test` installs it"))?;
+        .with_context(|| format!("run {jc}; `cargo xtask setup` installs it"))?;
     child
         .stdin
         .take()

@@ -38,7 +38,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let binary = if let Some(binary) = &options.binary {
         binary.clone()
     } else {
-        setup::everything()?;
+        setup::for_build()?;
+        setup::for_lab()?;
         build::binary()?
     };
     if !Uid::effective().is_root() {

@@ -1,6 +1,7 @@
 //! `cargo xtask setup`: what building, testing and the demo take. Each part first looks, installs only what is missing,
 //! and says what it did; with nothing missing it only looks.
 
+pub(crate) mod jc;
 mod linker;
 mod packages;
 mod toolchain;
@@ -13,7 +14,7 @@ pub(crate) use packages::{LAB, PYTHON, require as require_programs};
 pub(crate) fn everything() -> Result<()> {
     for_build()?;
     for_lab()?;
-    require_programs(&PYTHON)
+    jc::require()
 }
 
 /// What `cargo build` takes. Needs no root.

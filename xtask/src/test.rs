@@ -3,7 +3,6 @@
 //! Test programs are built as the caller; those that need root are run by root or sudo. A layer that cannot run is
 //! counted as skipped, and in CI as failed.
 
-mod jc;
 mod layer;
 mod run;
 mod totals;
@@ -44,7 +43,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         setup::for_lab()?;
     }
     if chosen.contains(&Layer::EndToEnd) {
-        jc::require()?;
+        setup::jc::require()?;
     }
     let built = cargo::build("tests", &["test", "--workspace", "--no-run"])?;
     let plan = layer::plan(&built)?;

@@ -7,9 +7,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
-use super::jc;
 use super::totals::Totals;
 use crate::cargo::Executable;
+use crate::setup::jc;
 use crate::step::{complain, say, text_of};
 use crate::{root, workspace};
 

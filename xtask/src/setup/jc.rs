@@ -7,23 +7,23 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use crate::step::{output_of, run_quietly, say};
-use crate::{setup, workspace};
+use crate::workspace;
 
 const VERSION: &str = "1.26.1";
 
 /// The folder with the environment's programs.
-pub(super) fn programs() -> PathBuf {
+pub(crate) fn programs() -> PathBuf {
     environment().join("bin")
 }
 
 /// Makes the environment, unless it is there with the right version.
-pub(super) fn require() -> Result<()> {
+pub(crate) fn require() -> Result<()> {
     let jc = programs().join("jc");
     if output_of(Command::new(&jc).arg("--version")).is_ok_and(|said| said.contains(VERSION)) {
         say(&format!("jc: {} is {VERSION}", jc.display()));
         return Ok(());
     }
-    setup::require_programs(&setup::PYTHON)?;
+    super::require_programs(&super::PYTHON)?;
     let python = workspace::find_program("python3").context("no python3 on the path")?;
     run_quietly(
         "jc",
