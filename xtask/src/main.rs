@@ -9,6 +9,7 @@ mod root;
 mod setup;
 mod step;
 mod test;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;
@@ -38,6 +39,8 @@ enum Verb {
     Lint,
     /// Run the tests, layer by layer
     Test(test::Options),
+    /// Run tests in virtual machines with stock Debian kernels
+    Vm(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -58,5 +61,6 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Demo(options) => demo::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
+        Verb::Vm(options) => vm::run(&options),
     }
 }

@@ -8,7 +8,7 @@ mod toolchain;
 
 use anyhow::Result;
 
-pub(crate) use packages::{LAB, PYTHON, require as require_programs};
+pub(crate) use packages::{GUESTS, LAB, PYTHON, require as require_programs};
 
 /// All that any verb takes.
 pub(crate) fn everything() -> Result<()> {
@@ -21,6 +21,11 @@ pub(crate) fn everything() -> Result<()> {
 pub(crate) fn for_build() -> Result<()> {
     toolchain::require()?;
     linker::require()
+}
+
+/// What virtual machines take. Needs root if a program is missing.
+pub(crate) fn for_guests() -> Result<()> {
+    require_programs(&GUESTS)
 }
 
 /// The programs of the lab and the demo. Needs root if one is missing.

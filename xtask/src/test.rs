@@ -17,9 +17,9 @@ use anyhow::{Context as _, Result, bail};
 use crate::cargo::Executable;
 use crate::step::{complain, say};
 use crate::{cargo, root, setup, workspace};
-use layer::Layer;
+pub(crate) use layer::{Layer, plan};
 use run::Environment;
-use totals::Totals;
+pub(crate) use totals::Totals;
 
 /// What to run.
 #[derive(clap::Args)]
@@ -45,8 +45,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if chosen.contains(&Layer::EndToEnd) {
         setup::jc::require()?;
     }
-    let built = cargo::build("tests", &["test", "--workspace", "--no-run"])?;
-    let plan = layer::plan(&built)?;
+    let built = build()?;
+    let plan = plan(&built)?;
     let environment = Environment::new(product(&built)?)?;
     let in_ci = env::var_os("CI").is_some_and(|value| value == "true");
 
@@ -89,6 +89,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// Builds all test programs and the product.
+pub(crate) fn build() -> Result<Vec<Executable>> {
+    cargo::build("tests", &["test", "--workspace", "--no-run"])
+}
+
 fn run_layer(
     layer: Layer,
     plan: &[(Layer, &Executable)],
@@ -111,7 +116,7 @@ fn run_layer(
 }
 
 /// The calitrace binary of this build, which the end-to-end tests run.
-fn product(built: &[Executable]) -> Result<OsString> {
+pub(crate) fn product(built: &[Executable]) -> Result<OsString> {
     let binary = built
         .iter()
         .find(|built| built.kind == "bin" && built.target == "calitrace" && !built.is_test);

@@ -46,6 +46,17 @@ pub(crate) static LAB: [Program; 11] = [
     },
 ];
 
+/// What virtual machines are made with, and what tests use in them only.
+pub(crate) static GUESTS: [Program; 7] = [
+    program("qemu-system-x86_64", "qemu-system-x86"),
+    program("depmod", "kmod"),
+    program("xz", "xz-utils"),
+    program("dpkg", "dpkg"),
+    program("strip", "binutils"),
+    program("ldd", "libc-bin"),
+    program("wg", "wireguard-tools"),
+];
+
 /// What makes the tests' Python environment.
 pub(crate) static PYTHON: [Program; 1] = [Program {
     name: "python3",
