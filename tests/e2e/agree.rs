@@ -7,14 +7,15 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, goes, path, quiet, run, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    (
+    test(
         "real_traffic_is_traced_before_any_traceroute_ran",
         real_traffic_first,
     ),
-    (
+    test(
         "every_traceroute_in_every_mode_prints_what_calitrace_prints",
         every_traceroute,
     ),

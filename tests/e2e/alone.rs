@@ -7,11 +7,12 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, goes, only, path},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("one_node_alone_over_vxlan", || alone(Encapsulation::Vxlan)),
-    ("one_node_alone_without_encapsulation", || {
+    test("one_node_alone_over_vxlan", || alone(Encapsulation::Vxlan)),
+    test("one_node_alone_without_encapsulation", || {
         alone(Encapsulation::None)
     }),
 ];

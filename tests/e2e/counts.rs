@@ -9,15 +9,16 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, goes, quiet, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    (
+    test(
         "each_packet_is_one_delivered_trace_without_offloads",
         without_offloads,
     ),
-    ("with_offloads_every_byte_is_traced_once", with_offloads),
-    ("a_service_is_one_trace_with_a_nat_step", service),
+    test("with_offloads_every_byte_is_traced_once", with_offloads),
+    test("a_service_is_one_trace_with_a_nat_step", service),
 ];
 
 const BODY: usize = 300_000;

@@ -7,14 +7,15 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, goes, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("a_policy_that_denies", || policy(Policy::Deny)),
-    ("the_end_of_a_tier", || policy(Policy::EndOfTier)),
-    ("an_unused_address_of_a_block", blackhole),
-    ("a_closed_port", closed_port),
-    ("a_ttl_that_runs_out", ttl),
+    test("a_policy_that_denies", || policy(Policy::Deny)),
+    test("the_end_of_a_tier", || policy(Policy::EndOfTier)),
+    test("an_unused_address_of_a_block", blackhole),
+    test("a_closed_port", closed_port),
+    test("a_ttl_that_runs_out", ttl),
 ];
 
 const POD1: &str = "10.244.120.67";

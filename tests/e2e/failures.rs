@@ -12,18 +12,19 @@ use calitrace_tests::{Lab, Options};
 use crate::{
     Test,
     support::{Watch, binary, quiet, run, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("without_privileges", no_privileges),
-    ("without_a_node", no_node),
-    ("no_such_interface", no_interface),
-    ("an_output_that_cannot_be_written", unwritable),
-    ("a_full_disk", full_disk),
-    ("a_reader_that_has_seen_enough", broken_pipe),
-    ("without_type_information_of_the_kernel", no_btf),
-    ("an_interface_that_vanishes", vanishing_interface),
-    ("counts_and_durations_end_a_run", limits),
+    test("without_privileges", no_privileges),
+    test("without_a_node", no_node),
+    test("no_such_interface", no_interface),
+    test("an_output_that_cannot_be_written", unwritable),
+    test("a_full_disk", full_disk),
+    test("a_reader_that_has_seen_enough", broken_pipe),
+    test("without_type_information_of_the_kernel", no_btf),
+    test("an_interface_that_vanishes", vanishing_interface),
+    test("counts_and_durations_end_a_run", limits),
 ];
 
 fn no_privileges() -> Result<()> {

@@ -7,11 +7,13 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, quiet, with},
+    test,
 };
 
-pub(crate) const TESTS: &[Test] = &[("a_flood_that_overruns_the_ring_is_counted_to_the_packet", || {
-    flood(20_000)
-})];
+pub(crate) const TESTS: &[Test] = &[test(
+    "a_flood_that_overruns_the_ring_is_counted_to_the_packet",
+    || flood(20_000),
+)];
 
 fn flood(mut datagrams: u64) -> Result<()> {
     // How much a ring of 16 KiB refuses depends on the machine: more, until it is 5 % at least.

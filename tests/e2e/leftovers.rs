@@ -9,14 +9,15 @@ use nix::sys::signal::Signal;
 use crate::{
     Test,
     support::{Watch, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("nothing_is_left_after_sigint", || left_after(Signal::SIGINT)),
-    ("nothing_is_left_after_sigterm", || left_after(Signal::SIGTERM)),
-    ("nothing_is_left_after_kill_9", || left_after(Signal::SIGKILL)),
-    ("nothing_of_the_lab_is_left", lab_is_gone),
-    ("nothing_of_the_node_is_changed", node_is_unchanged),
+    test("nothing_is_left_after_sigint", || left_after(Signal::SIGINT)),
+    test("nothing_is_left_after_sigterm", || left_after(Signal::SIGTERM)),
+    test("nothing_is_left_after_kill_9", || left_after(Signal::SIGKILL)),
+    test("nothing_of_the_lab_is_left", lab_is_gone),
+    test("nothing_of_the_node_is_changed", node_is_unchanged),
 ];
 
 fn left_after(signal: Signal) -> Result<()> {

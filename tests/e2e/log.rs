@@ -3,18 +3,19 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use calitrace_tests::{Lab, Options, Policy, traffic::traceroute::Kind};
+use calitrace_tests::{Lab, Need, Options, Policy, needs::find_program, traffic::traceroute::Kind};
 use serde_json::Value;
 
 use crate::{
     Test,
     support::{Finished, Watch, run, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("read_prints_the_traces_that_watch_printed", read_is_watch),
-    ("every_json_line_keeps_to_the_schema", schema),
-    ("jc_reads_each_traceroute_block", jc),
+    test("read_prints_the_traces_that_watch_printed", read_is_watch),
+    test("every_json_line_keeps_to_the_schema", schema),
+    test("jc_reads_each_traceroute_block", jc).needs(&[Need::Program("jc")]),
 ];
 
 /// Some of everything: echo, a service, a transfer, a closed port, a policy, a traceroute.
@@ -139,15 +140,14 @@ fn schema() -> Result<()> {
 
 /// `jc`, from Python's package index: the one that `cargo xtask setup` installs, or the one on the path.
 fn jc() -> Result<()> {
-    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/python/bin/jc");
-    let jc = if Path::new(own).exists() { own } else { "jc" };
+    let jc = find_program("jc").context("jc is not there; `cargo xtask setup` installs it")?;
     let lab = Lab::up(&Options::default())?;
     let watch = Watch::start(&with(&lab, &["-o", "traceroute"]))?;
     mixed_traffic(&lab)?;
     let printed = watch.stop()?.stdout;
     let mut blocks = 0;
     for block in printed.trim_end().split("\n\n") {
-        let parsed = jc_parse(jc, block).with_context(|| format!("jc on:\n{block}"))?;
+        let parsed = jc_parse(&jc, block).with_context(|| format!("jc on:\n{block}"))?;
         let lines = block.lines().count() - 1;
         let hops = parsed["hops"].as_array().map_or(0, Vec::len);
         ensure!(
@@ -161,7 +161,7 @@ fn jc() -> Result<()> {
     Ok(())
 }
 
-fn jc_parse(jc: &str, block: &str) -> Result<Value> {
+fn jc_parse(jc: &Path, block: &str) -> Result<Value> {
     use std::{
         io::Write as _,
         process::{Command, Stdio},
@@ -172,7 +172,7 @@ fn jc_parse(jc: &str, block: &str) -> Result<Value> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
-        .with_context(|| format!("run {jc}; `cargo xtask setup` installs it"))?;
+        .with_context(|| format!("run {}", jc.display()))?;
     child
         .stdin
         .take()

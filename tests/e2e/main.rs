@@ -1,7 +1,7 @@
 //! End to end: real packets between the pods of a lab, `calitrace` as a user runs it, and the truth of `traceroute`,
 //! `tcpdump`, the sockets and the kernel beside it.
 //!
-//! Run as root. Without, every test is skipped, and said to be; with `CI=true` that is a failure.
+//! Run as root. A test that lacks what it needs is skipped, and says why; with `CI=true` that is a failure.
 
 #![expect(clippy::print_stdout, reason = "a test run speaks on standard output")]
 
@@ -19,20 +19,13 @@ mod topology;
 
 use std::process::ExitCode;
 
+use calitrace_tests::{Readiness, Test, test};
 use libtest_mimic::{Arguments, Trial};
-
-/// A test: its name and what it does.
-type Test = (&'static str, fn() -> anyhow::Result<()>);
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Each test has a lab of its own and two cores have to do; the inventory of what is left must be its own, too.
     arguments.test_threads = arguments.test_threads.or(Some(1));
-    let root = nix::unistd::geteuid().is_root();
-    let skip = !root && std::env::var_os("CI").is_none();
-    if skip {
-        println!("the end-to-end tests are skipped: network namespaces and eBPF need root");
-    }
     let trials = [
         agree::TESTS,
         alone::TESTS,
@@ -47,8 +40,14 @@ fn main() -> ExitCode {
     ]
     .concat()
     .into_iter()
-    .map(|(name, run)| {
-        Trial::test(name, move || run().map_err(|error| format!("{error:#}").into())).with_ignored_flag(skip)
+    .map(|test| match test.readiness() {
+        Readiness::Ready => Trial::test(test.name, move || {
+            (test.run)().map_err(|error| format!("{error:#}").into())
+        }),
+        Readiness::Skipped(reason) => Trial::test(test.name, || Ok(()))
+            .with_ignored_flag(true)
+            .with_kind(format!("skipped: {reason}")),
+        Readiness::Failed(reason) => Trial::test(test.name, move || Err(reason.into())),
     })
     .collect();
     libtest_mimic::run(&arguments, trials).exit_code()

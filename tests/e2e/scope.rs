@@ -13,12 +13,13 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{Watch, goes, only, quiet, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("traffic_of_the_node_itself_makes_no_record", node_traffic),
-    ("two_clusters_with_the_same_addresses_never_mix", two_labs),
-    ("pods_that_come_and_go_while_watching", pods_come_and_go),
+    test("traffic_of_the_node_itself_makes_no_record", node_traffic),
+    test("two_clusters_with_the_same_addresses_never_mix", two_labs),
+    test("pods_that_come_and_go_while_watching", pods_come_and_go),
 ];
 
 /// Like the SSH session that shows the traces: both ends on the uplink, neither a pod's.

@@ -7,12 +7,13 @@ use serde_json::Value;
 use crate::{
     Test,
     support::{run, with},
+    test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    ("topology_says_what_ip_says", topology_is_ip),
-    ("topology_expects_the_path_that_traceroute_prints", expected_path),
-    ("doctor_names_what_is_missing", doctor),
+    test("topology_says_what_ip_says", topology_is_ip),
+    test("topology_expects_the_path_that_traceroute_prints", expected_path),
+    test("doctor_names_what_is_missing", doctor),
 ];
 
 fn topology_is_ip() -> Result<()> {

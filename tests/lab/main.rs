@@ -9,67 +9,56 @@ mod presence;
 
 use std::process::ExitCode;
 
-use anyhow::Result;
-use calitrace_tests::inventory::has_tcx;
-use calitrace_tests::{Encapsulation, Lab};
+use calitrace_tests::{Encapsulation, Need, Readiness, Test, test};
 use libtest_mimic::{Arguments, Trial};
 
-type Test = fn() -> Result<()>;
+const TESTS: &[Test] = &[
+    test("paths::vxlan", paths::vxlan),
+    test("paths::without_encapsulation", paths::without_encapsulation),
+    test("paths::ipip", paths::ipip).needs(&[Need::Encapsulation(Encapsulation::Ipip)]),
+    test("paths::ipv6", paths::ipv6),
+    test("paths::blocked_time_exceeded", paths::blocked_time_exceeded),
+    test("paths::changed_tunnel_address", paths::changed_tunnel_address),
+    test("paths::outside", paths::outside),
+    test("policy::deny_and_end_of_tier", policy::deny_and_end_of_tier),
+    test("policy::nft", policy::nft),
+    test("policy::blackhole", policy::blackhole),
+    test("policy::service", policy::service),
+    test("policy::no_default_route", policy::no_default_route),
+    test("counts::ping", counts::ping),
+    test("counts::udp", counts::udp),
+    test("counts::tcp_without_offloads", counts::tcp_without_offloads),
+    test("life::pods_come_and_go", life::pods_come_and_go),
+    test("life::two_labs_at_once", life::two_labs_at_once),
+    test("life::nothing_is_left", life::nothing_is_left),
+    test(
+        "life::a_killed_process_is_swept_after",
+        life::a_killed_process_is_swept_after,
+    ),
+    test("life::roots", life::roots),
+    test(
+        "presence::programs_are_seen_while_they_are_there",
+        presence::programs_are_seen,
+    )
+    .needs(&[Need::Tcx]),
+    test(
+        "presence::filters_are_seen_while_they_are_there",
+        presence::filters_are_seen,
+    ),
+];
 
 fn main() -> ExitCode {
     if life::is_told_to_die() {
         return life::build_a_lab_and_die();
     }
-    let arguments = Arguments::from_args();
-    let root = nix::unistd::geteuid().is_root();
-    let tests: &[(&str, Test)] = &[
-        ("paths::vxlan", paths::vxlan),
-        ("paths::without_encapsulation", paths::without_encapsulation),
-        ("paths::ipip", paths::ipip),
-        ("paths::ipv6", paths::ipv6),
-        ("paths::blocked_time_exceeded", paths::blocked_time_exceeded),
-        ("paths::changed_tunnel_address", paths::changed_tunnel_address),
-        ("paths::outside", paths::outside),
-        ("policy::deny_and_end_of_tier", policy::deny_and_end_of_tier),
-        ("policy::nft", policy::nft),
-        ("policy::blackhole", policy::blackhole),
-        ("policy::service", policy::service),
-        ("policy::no_default_route", policy::no_default_route),
-        ("counts::ping", counts::ping),
-        ("counts::udp", counts::udp),
-        ("counts::tcp_without_offloads", counts::tcp_without_offloads),
-        ("life::pods_come_and_go", life::pods_come_and_go),
-        ("life::two_labs_at_once", life::two_labs_at_once),
-        ("life::nothing_is_left", life::nothing_is_left),
-        (
-            "life::a_killed_process_is_swept_after",
-            life::a_killed_process_is_swept_after,
-        ),
-        ("life::roots", life::roots),
-        (
-            "presence::programs_are_seen_while_they_are_there",
-            presence::programs_are_seen,
-        ),
-        (
-            "presence::filters_are_seen_while_they_are_there",
-            presence::filters_are_seen,
-        ),
-    ];
-    let reason = |name: &str| match name {
-        _ if !root => Some("skipped: needs root"),
-        "paths::ipip" if !Lab::supports(Encapsulation::Ipip).unwrap_or(true) => {
-            Some("skipped: no ipip in this kernel")
-        }
-        "presence::programs_are_seen_while_they_are_there" if !has_tcx() => {
-            Some("skipped: no TCX in this kernel")
-        }
-        _ => None,
-    };
-    let trials = tests.iter().map(|(name, run)| {
-        let (run, reason) = (*run, reason(name));
-        Trial::test(*name, move || run().map_err(|error| format!("{error:?}").into()))
-            .with_ignored_flag(reason.is_some())
-            .with_kind(reason.unwrap_or_default())
+    let trials = TESTS.iter().map(|test| match test.readiness() {
+        Readiness::Ready => Trial::test(test.name, || {
+            (test.run)().map_err(|error| format!("{error:?}").into())
+        }),
+        Readiness::Skipped(reason) => Trial::test(test.name, || Ok(()))
+            .with_ignored_flag(true)
+            .with_kind(format!("skipped: {reason}")),
+        Readiness::Failed(reason) => Trial::test(test.name, move || Err(reason.into())),
     });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
 }

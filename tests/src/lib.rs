@@ -12,6 +12,7 @@ pub mod interrupt;
 pub mod inventory;
 pub mod lab;
 pub mod namespace;
+pub mod needs;
 pub mod traffic;
 pub mod wait;
 
@@ -19,4 +20,5 @@ pub use inventory::Inventory;
 pub use lab::netfilter::Policy;
 pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
 pub use namespace::Namespace;
+pub use needs::{Need, Readiness, Test, test};
 pub use wait::{patience, wait_until};

@@ -1,0 +1,134 @@
+//! Tests with a harness of their own, and what they take that a machine may lack. What is missing is told before the test
+//! runs: as the reason it is skipped for, or as its failure where it must not be missing.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::inventory::has_tcx;
+use crate::lab::{Encapsulation, Lab};
+
+/// Folders with programs that a plain user's path, or `cargo test`'s, may lack: Debian's for the system, and the one that
+/// `cargo xtask setup` puts the tests' own into.
+const MORE_FOLDERS: [&str; 3] = [
+    "/usr/sbin",
+    "/sbin",
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/python/bin"),
+];
+
+/// What a test takes besides root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// A program that `cargo xtask setup` installs.
+    Program(&'static str),
+    /// A kernel with the devices of this encapsulation.
+    Encapsulation(Encapsulation),
+    /// A kernel with TCX (6.6 and newer).
+    Tcx,
+}
+
+/// A test: its name, what it does, and what it needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Test {
+    /// Unique among the tests of its program.
+    pub name: &'static str,
+    /// What it does.
+    pub run: fn() -> Result<()>,
+    needs: &'static [Need],
+}
+
+/// A test that needs root and what every lab needs.
+pub const fn test(name: &'static str, run: fn() -> Result<()>) -> Test {
+    Test {
+        name,
+        run,
+        needs: &[],
+    }
+}
+
+/// Whether a test can run here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Nothing is missing.
+    Ready,
+    /// The machine is not made for it, for this reason.
+    Skipped(String),
+    /// What is missing must not be: CI runs every test its kernel can carry.
+    Failed(String),
+}
+
+impl Test {
+    /// The test, with what it needs.
+    #[must_use]
+    pub const fn needs(self, needs: &'static [Need]) -> Self {
+        Self { needs, ..self }
+    }
+
+    /// Looks for what it needs.
+    pub fn readiness(&self) -> Readiness {
+        // A guest has this machine's programs but neither its Python nor its packages.
+        let strict = variable_is("CI", "true") && !variable_is("CALITRACE_GUEST", "1");
+        if !nix::unistd::geteuid().is_root() {
+            return missing("needs root: for network namespaces and eBPF", strict);
+        }
+        for need in self.needs {
+            match need {
+                Need::Program(name) if find_program(name).is_none() => {
+                    return missing(
+                        &format!("needs {name}, which `cargo xtask setup` installs"),
+                        strict,
+                    );
+                }
+                // What cannot be told is shown by the test itself.
+                Need::Encapsulation(kind) if !Lab::supports(*kind).unwrap_or(true) => {
+                    return missing(&format!("no {kind:?} in this kernel"), false);
+                }
+                Need::Tcx if !has_tcx() => return missing("no TCX in this kernel", false),
+                _ => {}
+            }
+        }
+        Readiness::Ready
+    }
+}
+
+/// The first program of that name, on the path or where Debian and `cargo xtask setup` put programs.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(MORE_FOLDERS.map(|folder| Path::new(folder).to_owned()))
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file())
+}
+
+fn missing(what: &str, strict: bool) -> Readiness {
+    if strict {
+        Readiness::Failed(what.to_owned())
+    } else {
+        Readiness::Skipped(what.to_owned())
+    }
+}
+
+fn variable_is(name: &str, value: &str) -> bool {
+    std::env::var_os(name).is_some_and(|found| found == value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named() {
+        assert!(find_program("sh").is_some());
+        assert!(find_program("no-such-program").is_none());
+        assert_eq!(missing("x", true), Readiness::Failed("x".to_owned()));
+        assert_eq!(missing("x", false), Readiness::Skipped("x".to_owned()));
+    }
+
+    #[test]
+    fn a_test_that_lacks_a_program_does_not_run() {
+        static NEEDS: [Need; 1] = [Need::Program("no-such-program")];
+        let test = test("a", || Ok(())).needs(&NEEDS);
+        // Without root, that is what is missing.
+        assert_ne!(test.readiness(), Readiness::Ready);
+    }
+}
