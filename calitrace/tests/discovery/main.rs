@@ -1,19 +1,15 @@
 //! Discovery on the running kernel: Calico-shaped namespaces made with `ip`, compared with what `ip` says about them.
 
+mod changes;
 mod rig;
 mod told;
 
-use std::{
-    collections::BTreeSet,
-    net::IpAddr,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use calitrace::{
-    calico::{self, NodeView, Options, facts_changed},
-    event::{EncapKind, Fact, Role, RouteKind},
+    calico::{self, NodeView, Options},
+    event::{EncapKind, Role, RouteKind},
     netns,
-    route::{Changes, Lookup, Monitor},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
 use rig::{Lab, POD1, POD2, Result};
@@ -40,9 +36,9 @@ fn main() {
         trial("what_is_no_node_is_none", what_is_no_node_is_none),
         trial(
             "a_monitor_tells_which_tables_changed",
-            a_monitor_tells_which_tables_changed,
+            changes::a_monitor_tells_which_tables_changed,
         ),
-        trial("changes_are_told", changes_are_told),
+        trial("changes_are_told", changes::changes_are_told),
         trial("doctor_command", told::doctor_command),
         trial("topology_command", told::topology_command),
         trial("topology_is_what_ip_says", told::topology_is_what_ip_says),
@@ -53,7 +49,7 @@ fn main() {
         trial("doctor_names_what_is_wrong", told::doctor_names_what_is_wrong),
         trial(
             "a_refresh_with_many_pods_is_quick",
-            a_refresh_with_many_pods_is_quick,
+            changes::a_refresh_with_many_pods_is_quick,
         ),
     ];
     libtest_mimic::run(&arguments, trials).exit();
@@ -426,130 +422,5 @@ fn what_is_no_node_is_none() -> Result<()> {
         ..Options::default()
     });
     assert!(error.is_err_and(|error| error.to_string().contains("no-such-namespace")));
-    Ok(())
-}
-
-/// In a namespace where nothing happens by itself, as carriers and duplicate address detection make it elsewhere.
-fn a_monitor_tells_which_tables_changed() -> Result<()> {
-    let name = rig::Named::new()?;
-    let handle = netns::resolve(name.as_str(), &netns::list()?)?.handle;
-    let mut monitor = Monitor::open(&handle)?;
-    assert_eq!(monitor.drain()?, Changes::default());
-    let none = Changes::default();
-    for (change, expected) in [
-        (
-            "link add br0 type bridge",
-            Changes {
-                links: true,
-                neighbours: true,
-                ..none
-            },
-        ),
-        (
-            "addr add 192.0.2.1/24 dev br0",
-            Changes {
-                addresses: true,
-                routes: true,
-                ..none
-            },
-        ),
-        (
-            "route add blackhole 198.51.100.0/26",
-            Changes { routes: true, ..none },
-        ),
-        (
-            "neigh add 192.0.2.2 lladdr 66:00:00:00:00:01 dev br0 nud permanent",
-            Changes {
-                neighbours: true,
-                ..none
-            },
-        ),
-    ] {
-        rig::ip(name.as_str(), change)?;
-        assert_eq!(monitor.drain()?, expected, "{change}");
-    }
-    Ok(())
-}
-
-fn changes_are_told() -> Result<()> {
-    let lab = Lab::up()?;
-    let old = discover(&[&lab.node1])?.remove(0);
-    let mut monitor = Monitor::open(&old.handle)?;
-    lab.add_pod("caliaaaaaaaaaaa", "10.244.120.70")?;
-    let changes = rig::wait_for("a notice of the new pod", || {
-        Ok(Some(monitor.drain()?).filter(|c| c.links || c.routes))
-    })?;
-    assert!(changes.links, "{changes:?}");
-    let new = old.refresh()?.expect("still a node");
-    let added: Vec<_> = facts_changed(Some(&old), &new, 7)
-        .into_iter()
-        .filter_map(|fact| match fact {
-            Fact::Pod(pod) => Some((pod.time, pod.addresses, pod.gone)),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(added, [(7, vec![addr("10.244.120.70")], false)]);
-    assert!(new.pods.iter().all(|pod| pod.pod_netns.is_some()));
-
-    rig::ip(&lab.node1, "link del caliaaaaaaaaaaa")?;
-    let last = new.refresh()?.expect("still a node");
-    let gone: Vec<_> = facts_changed(Some(&new), &last, 8)
-        .into_iter()
-        .filter_map(|fact| match fact {
-            Fact::Pod(pod) => Some(("pod", pod.gone)),
-            Fact::Interface(interface) => Some(("interface", interface.gone)),
-            _ => None,
-        })
-        .collect();
-    assert_eq!(gone, [("pod", true), ("interface", true)]);
-    assert!(facts_changed(Some(&last), &last, 9).is_empty());
-
-    // Another tunnel address is another hop address.
-    monitor.drain()?;
-    rig::ip(&lab.node1, "addr del 10.244.120.64/32 dev vxlan.calico")?;
-    rig::ip(&lab.node1, "addr add 10.244.120.99/32 dev vxlan.calico")?;
-    assert!(
-        rig::wait_for("a notice of the address", || Ok(
-            Some(monitor.drain()?).filter(|c| c.addresses)
-        ))?
-        .addresses
-    );
-    assert_eq!(
-        last.lookup.hop_address(addr(POD1.address), None)?,
-        Some(addr("10.244.120.99"))
-    );
-    assert!(
-        last.refresh()?
-            .expect("still a node")
-            .node
-            .addresses
-            .contains(&addr("10.244.120.99"))
-    );
-    let fresh = Lookup::open(&last.handle)?;
-    assert_eq!(
-        fresh.hop_address(addr(POD1.address), None)?,
-        Some(addr("10.244.120.99"))
-    );
-    Ok(())
-}
-
-/// Measured, not judged: the number is printed.
-fn a_refresh_with_many_pods_is_quick() -> Result<()> {
-    let lab = Lab::up()?;
-    lab.add_bare_workloads(110)?;
-    let node = discover(&[&lab.node1])?.remove(0);
-    assert_eq!(node.pods.len(), 111);
-    let times = 10;
-    let start = Instant::now();
-    let mut node = node;
-    for _ in 0..times {
-        node = node.refresh()?.expect("still a node");
-    }
-    rig::say(&format!(
-        "a refresh of a node with {} pods takes {:?}",
-        node.pods.len(),
-        start.elapsed() / times
-    ));
-    assert!(start.elapsed() > Duration::ZERO);
     Ok(())
 }
