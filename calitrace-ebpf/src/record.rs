@@ -47,6 +47,10 @@ pub enum TunnelKind {
     Ipip = 1,
     /// UDP port 4789, or the one configured.
     Vxlan = 2,
+    /// Not how the packet is carried: it is an ICMP error about a packet of the node's own IPIP tunnel, and quotes that
+    /// one's outer header. The fields of a quoted packet are those of the packet inside, whose source address is in
+    /// [`Outer::src`]; the rest of [`Outer`] is the quoted outer header, whose own source is the error's destination.
+    QuotedIpip = 3,
 }
 
 /// What every record has.
@@ -120,8 +124,8 @@ pub struct Plain {
     pub ack: u32,
     /// See the table.
     pub window: u16,
-    /// Explicit padding.
-    pub pad1: u16,
+    /// IP total length in bytes of the outer header, of IPv6 with it; 0 without one, or where it says none (big TCP).
+    pub outer_length: u16,
     /// See the table.
     pub tsval: u32,
     /// See the table.
@@ -137,7 +141,7 @@ pub struct Plain {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Outer {
-    /// Outer source address.
+    /// Outer source address; the inner one with [`TunnelKind::QuotedIpip`].
     pub src: [u8; 16],
     /// Outer destination address.
     pub dst: [u8; 16],

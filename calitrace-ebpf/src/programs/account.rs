@@ -43,6 +43,15 @@ pub(super) fn in_scope(plain: &Plain) -> bool {
     }
 }
 
+/// Whether one of the addresses of the packet inside a quoted IPIP packet is a pod's, a block's or a service's.
+#[inline(always)]
+#[expect(clippy::many_single_char_names, reason = "as above")]
+pub(super) fn quote_in_scope(full: &Full) -> bool {
+    let [.., a, b, c, d] = full.outer.src;
+    let [.., e, f, g, h] = full.tail.quoted_dst;
+    SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some() || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
+}
+
 /// Counts one run of a hook's program in the slot of its interface.
 #[inline(always)]
 pub(super) fn count(hook: Hook, netns: u64, ifindex: u32, outcome: Outcome) {

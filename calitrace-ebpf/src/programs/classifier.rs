@@ -6,12 +6,12 @@
 
 use aya_ebpf::{EbpfContext as _, bindings::__sk_buff, macros::classifier, programs::TcContext};
 use aya_log_ebpf::debug;
-use calitrace_ebpf::{Hook, Place};
+use calitrace_ebpf::{Flags, Hook, Place};
 
 use super::{
     account::{self, Outcome},
     maps::{self, Draft, settled},
-    parse,
+    parse, transport,
     view::SkbView,
 };
 
@@ -37,13 +37,18 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     let parsed = parsed(skb, protocol as u16, draft);
+    let draft = settled(draft);
+    let in_scope = parsed
+        && (matches!(hook.place(), Place::Workload)
+            || account::in_scope(&draft.record.plain)
+            || (matches!(hook, Hook::UplinkIngress) && is_about_tunnel(skb, draft)));
     let full = &mut settled(draft).record;
     let outcome = if !parsed {
         if protocol as u16 == parse::ETH_P_IP || protocol as u16 == parse::ETH_P_IPV6 {
             debug!(ctx, "interface {} of namespace {}: not parsed", ifindex, netns);
         }
         Outcome::NonIp
-    } else if !matches!(hook.place(), Place::Workload) && !account::in_scope(&full.plain) {
+    } else if !in_scope {
         Outcome::OutOfScope
     } else {
         full.plain.netns = netns;
@@ -68,6 +73,19 @@ fn parsed(skb: *mut __sk_buff, protocol: u16, draft: &mut Draft) -> bool {
         Some(view) => parse::packet(&view, protocol, draft),
         None => false,
     }
+}
+
+/// Whether the packet is an ICMP error of the underlay to this node about a packet of a pod in its tunnel.
+#[inline(always)]
+fn is_about_tunnel(skb: *mut __sk_buff, draft: &mut Draft) -> bool {
+    // Before the view is made a second time: this is asked of every packet that is out of scope.
+    if draft.record.plain.flags & Flags::ICMP_ERROR == 0 {
+        return false;
+    }
+    let Some(view) = SkbView::new(skb) else {
+        return false;
+    };
+    transport::quoted_inside(&view, draft).is_some() && account::quote_in_scope(&draft.record)
 }
 
 #[classifier]

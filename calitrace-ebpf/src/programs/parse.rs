@@ -24,7 +24,7 @@ pub(super) const ETH_P_IP: u16 = 0x0800_u16.to_be();
 pub(super) const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 const ETH_P_8021Q: u16 = 0x8100_u16.to_be();
 
-const IPPROTO_IPIP: u8 = 4;
+pub(super) const IPPROTO_IPIP: u8 = 4;
 pub(super) const IPPROTO_UDP: u8 = 17;
 const IPPROTO_IPV6: u8 = 41;
 
@@ -58,6 +58,11 @@ fn step_inside<V: View>(view: &V, draft: &mut Draft) {
     record.outer.dst = record.plain.dst;
     record.outer.ttl = record.plain.ttl;
     record.outer.ip_id = record.plain.ip_id as u16;
+    record.plain.outer_length = if record.plain.length > 0xffff {
+        0
+    } else {
+        record.plain.length as u16
+    };
     // Without a kind the rest of the outer header counts for nothing.
     if ip(view, draft.inner_v6 != 0, draft.inner, draft).is_some() {
         draft.record.outer.kind = draft.inner_kind as u8;

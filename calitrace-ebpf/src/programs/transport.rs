@@ -1,7 +1,7 @@
 //! Transport headers: ports, sequence numbers, what an ICMP error quotes, and the payload digest. Where the fields go
 //! is said in the table of `calitrace_ebpf::Plain`.
 
-use calitrace_ebpf::{Flags, Full};
+use calitrace_ebpf::{Flags, Full, TunnelKind};
 use network_types::{
     icmp::Icmpv4Hdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -11,7 +11,7 @@ use network_types::{
 
 use super::{
     maps::{Draft, settled},
-    parse::{IPPROTO_UDP, mapped},
+    parse::{IPPROTO_IPIP, IPPROTO_UDP, mapped},
     view::View,
 };
 
@@ -185,6 +185,31 @@ fn quoted<V: View>(view: &V, offset: u32, v6: bool, record: &mut Full) -> Option
             _ => plain.seq = former,
         }
     }
+    Some(())
+}
+
+/// An ICMP error that quotes a packet of an IPIP tunnel: replaces what was read of the quoted packet by what is inside
+/// of it ([`TunnelKind::QuotedIpip`]). Routers quote as much as makes 576 bytes (RFC 1812, 4.3.2.3); of the eight bytes
+/// that RFC 792 asks for nothing could be told.
+#[inline(always)]
+pub(super) fn quoted_inside<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
+    let record = &mut draft.record;
+    if record.plain.flags & (Flags::ICMP_ERROR | Flags::V6) != Flags::ICMP_ERROR
+        || record.plain.dport >> 8 != u16::from(IPPROTO_IPIP)
+    {
+        return None;
+    }
+    let at = draft.transport + 8;
+    let outer: Ipv4Hdr = view.load(at)?;
+    let at = at + u32::from(outer.vihl & 0xf) * 4;
+    let inner: Ipv4Hdr = view.load(at)?;
+    record.outer.ttl = outer.ttl;
+    record.outer.ip_id = u16::from_be_bytes(outer.id);
+    record.plain.outer_length = u16::from_be_bytes(outer.tot_len);
+    mapped(outer.dst_addr, &mut record.outer.dst);
+    mapped(inner.src_addr, &mut record.outer.src);
+    quoted(view, at, false, record)?;
+    record.outer.kind = TunnelKind::QuotedIpip as u8;
     Some(())
 }
 

@@ -102,6 +102,8 @@ fn sighting(seen: &Seen, start: u64, topology: &Topology) -> Sighting {
             src: encap.src,
             dst: encap.dst,
             ttl: encap.ttl,
+            id: encap.src.is_ipv4().then_some(encap.ip_id),
+            length: (encap.length != 0).then_some(encap.length),
             vni: encap.vni,
         }),
     }

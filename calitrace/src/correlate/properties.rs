@@ -349,6 +349,8 @@ fn walk(sent: &[Sent], tunnel: bool) -> Vec<Walked> {
                     src: node_address(from).into(),
                     dst: node_address(to).into(),
                     ttl: 64,
+                    ip_id: 0,
+                    length: 0,
                     vni: Some(4096),
                 }),
                 drop,

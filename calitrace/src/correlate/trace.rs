@@ -230,6 +230,10 @@ pub struct SightedEncap {
     pub dst: IpAddr,
     /// Outer TTL.
     pub ttl: u8,
+    /// Outer IPv4 identification, null for IPv6.
+    pub id: Option<u16>,
+    /// Outer IP total length in bytes, of a super-packet the whole; null if the header does not say.
+    pub length: Option<u16>,
     /// VXLAN network identifier, null for others.
     pub vni: Option<u32>,
 }

@@ -80,17 +80,17 @@ pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, Decod
             dont_fragment: plain.flags & Flags::DF != 0,
             more_fragments: plain.flags & Flags::MF != 0,
             fragment_offset: u32::from(plain.frag_off) * 8,
-            transport: transport(&plain, tail.as_ref(), v6),
+            transport: transport(&plain, outer.as_ref(), tail.as_ref(), v6),
             digest: plain.digest,
             gso_size: plain.gso_size,
             gso_segs: plain.gso_segs,
         },
-        encap: outer.and_then(|outer| encap(&outer)),
+        encap: outer.and_then(|outer| encap(&plain, &outer)),
         drop,
     })
 }
 
-fn transport(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
+fn transport(plain: &Plain, outer: Option<&Outer>, tail: Option<&Tail>, v6: bool) -> Transport {
     if plain.flags & Flags::NO_TRANSPORT != 0 {
         return Transport::Other;
     }
@@ -110,12 +110,12 @@ fn transport(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
             dst_port: plain.dport,
             payload: plain.payload,
         },
-        ICMP | ICMPV6 => icmp(plain, tail, v6),
+        ICMP | ICMPV6 => icmp(plain, outer, tail, v6),
         _ => Transport::Other,
     }
 }
 
-fn icmp(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
+fn icmp(plain: &Plain, outer: Option<&Outer>, tail: Option<&Tail>, v6: bool) -> Transport {
     let [icmp_type, code] = plain.sport.to_be_bytes();
     if plain.flags & Flags::ICMP_ERROR != 0
         && let Some(tail) = tail
@@ -124,7 +124,7 @@ fn icmp(plain: &Plain, tail: Option<&Tail>, v6: bool) -> Transport {
             icmp_type,
             code,
             info: plain.tsval,
-            quoted: quoted(plain, tail),
+            quoted: quoted(plain, outer, tail),
         };
     }
     match echo(v6, icmp_type) {
@@ -150,7 +150,7 @@ fn echo(v6: bool, icmp_type: u8) -> Option<bool> {
     }
 }
 
-fn quoted(plain: &Plain, tail: &Tail) -> Quoted {
+fn quoted(plain: &Plain, outer: Option<&Outer>, tail: &Tail) -> Quoted {
     let [proto, ttl] = plain.dport.to_be_bytes();
     let v6 = plain.flags & Flags::V6 != 0;
     let transport = match proto {
@@ -173,18 +173,30 @@ fn quoted(plain: &Plain, tail: &Tail) -> Quoted {
         },
         _ => QuotedTransport::Other,
     };
+    let quoted_outer = outer.filter(|outer| outer.kind == TunnelKind::QuotedIpip as u8);
     Quoted {
-        src: address(plain.dst),
+        src: address(quoted_outer.map_or(plain.dst, |outer| outer.src)),
         dst: address(tail.quoted_dst),
         proto,
         ttl,
         ip_id: u32::from(plain.window),
         length: plain.payload,
         transport,
+        encap: quoted_outer.map(|outer| {
+            Box::new(Encap {
+                kind: EncapKind::Ipip,
+                src: address(plain.dst),
+                dst: address(outer.dst),
+                ttl: outer.ttl,
+                ip_id: outer.ip_id,
+                length: plain.outer_length,
+                vni: None,
+            })
+        }),
     }
 }
 
-fn encap(outer: &Outer) -> Option<Encap> {
+fn encap(plain: &Plain, outer: &Outer) -> Option<Encap> {
     let kind = match outer.kind {
         k if k == TunnelKind::Ipip as u8 => EncapKind::Ipip,
         k if k == TunnelKind::Vxlan as u8 => EncapKind::Vxlan,
@@ -195,6 +207,8 @@ fn encap(outer: &Outer) -> Option<Encap> {
         src: address(outer.src),
         dst: address(outer.dst),
         ttl: outer.ttl,
+        ip_id: outer.ip_id,
+        length: plain.outer_length,
         vni: (kind == EncapKind::Vxlan).then_some(outer.vni),
     })
 }

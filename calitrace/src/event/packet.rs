@@ -158,6 +158,9 @@ pub struct Quoted {
     pub length: u32,
     /// The first eight bytes of its transport header.
     pub transport: QuotedTransport,
+    /// The outer header that is quoted before it: the error is to a node about a packet of its tunnel.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encap: Option<Box<Encap>>,
 }
 
 /// The first eight bytes of a quoted transport header.
@@ -204,6 +207,12 @@ pub struct Encap {
     pub dst: IpAddr,
     /// Outer TTL.
     pub ttl: u8,
+    /// Outer IPv4 identification.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub ip_id: u16,
+    /// Outer IP total length in bytes, of a super-packet the whole; 0 if it does not say.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub length: u16,
     /// VXLAN network identifier, null for others.
     pub vni: Option<u32>,
 }

@@ -224,6 +224,8 @@ fn sighting(
             src,
             dst,
             ttl: 63,
+            id: Some(7),
+            length: Some(104),
             vni: None,
         }),
     }

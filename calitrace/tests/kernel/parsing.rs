@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 
 use calitrace::{
-    event::{Encap, EncapKind, Hook, Observation, Transport},
+    event::{Encap, EncapKind, Hook, Observation, Quoted, QuotedTransport, Transport},
     kernel::Config,
 };
 
@@ -99,6 +99,8 @@ fn vxlan_gives_inner_and_outer_header() {
             src: LEFT.into(),
             dst: RIGHT.into(),
             ttl: 64,
+            ip_id: left.encap.unwrap().ip_id,
+            length: u16::try_from(20 + 8 + 8 + 12 + frame_type.len() + packet.len()).unwrap(),
             vni: Some(4096),
         };
         assert_eq!(left.encap, Some(outer));
@@ -144,14 +146,16 @@ fn ipip_gives_inner_and_outer_header() {
         .unwrap();
     let (left, right) = watch.pair(|seen| payload(seen, 5) && seen.packet.src.is_ipv4());
     assert_eq!((&left.packet, left.encap), (&right.packet, right.encap));
-    let outer = Encap {
+    let outer = |encap: Option<Encap>, inner: usize| Encap {
         kind: EncapKind::Ipip,
         src: LEFT.into(),
         dst: RIGHT.into(),
         ttl: 64,
+        ip_id: encap.unwrap().ip_id,
+        length: u16::try_from(20 + inner).unwrap(),
         vni: None,
     };
-    assert_eq!(left.encap, Some(outer));
+    assert_eq!(left.encap, Some(outer(left.encap, 20 + inner.len())));
     assert_eq!(
         (left.packet.src, left.packet.dst, left.packet.ttl),
         (INNER_SRC.into(), INNER_DST.into(), 63)
@@ -163,7 +167,74 @@ fn ipip_gives_inner_and_outer_header() {
         .unwrap();
     let (left, right) = watch.pair(|seen| payload(seen, 5) && seen.packet.src.is_ipv6());
     assert_eq!((&left.packet, left.encap), (&right.packet, right.encap));
-    assert_eq!(left.encap, Some(outer));
+    assert_eq!(left.encap, Some(outer(left.encap, 40 + inner.len())));
+}
+
+/// A router between the nodes answers a packet of the tunnel: the record tells of the packet inside.
+#[test]
+fn an_error_about_a_tunnelled_packet_tells_of_the_packet_inside() {
+    if !root() {
+        return;
+    }
+    let net = Net::new();
+    let mut watch = uplinks(&net);
+    let icmp = net.left.raw(libc::AF_INET, libc::IPPROTO_ICMP);
+    let inner = ipv4(INNER_SRC, INNER_DST, 17, &[], &udp(1000, 2000, b"inner"));
+    let far = Ipv4Addr::new(192, 0, 2, 9);
+    // Time exceeded. No checksum: nobody but the programs reads it.
+    let error = |packet: &[u8]| [&[11, 0, 0, 0, 0, 0, 0, 0][..], packet].concat();
+    icmp.send_to(&error(&ipv4(RIGHT, far, 4, &[1; 4], &inner)), (RIGHT, 0))
+        .unwrap();
+    let seen = watch.wait(1, |seen| seen.hook == Hook::UplinkIngress).remove(0);
+    assert_eq!((seen.packet.src, seen.packet.dst), (LEFT.into(), RIGHT.into()));
+    assert_eq!(seen.encap, None, "the error itself is not in a tunnel");
+    let quoted = Quoted {
+        src: INNER_SRC.into(),
+        dst: INNER_DST.into(),
+        proto: 17,
+        ttl: 63,
+        ip_id: 0x1234,
+        length: 33,
+        transport: QuotedTransport::Udp {
+            src_port: 1000,
+            dst_port: 2000,
+        },
+        encap: Some(Box::new(Encap {
+            kind: EncapKind::Ipip,
+            src: RIGHT.into(),
+            dst: far.into(),
+            ttl: 63,
+            ip_id: 0x1234,
+            length: 24 + 33,
+            vni: None,
+        })),
+    };
+    let Transport::IcmpError {
+        icmp_type: 11,
+        quoted: told,
+        ..
+    } = seen.packet.transport
+    else {
+        panic!("no time exceeded: {seen:?}")
+    };
+    assert_eq!(told, quoted);
+    watch.forget();
+
+    // What quotes others' tunnels, or no more than RFC 792 asks for, is out of scope as any error to a node is.
+    let others = ipv4(far, far, 17, &[], &udp(1000, 2000, b"inner"));
+    icmp.send_to(&error(&ipv4(RIGHT, far, 4, &[], &others)), (RIGHT, 0))
+        .unwrap();
+    icmp.send_to(&error(&ipv4(RIGHT, far, 4, &[], &inner[..8])), (RIGHT, 0))
+        .unwrap();
+    icmp.send_to(&error(&ipv4(RIGHT, far, 17, &[], &inner)), (RIGHT, 0))
+        .unwrap();
+    // Seen after the three, and the only one that is.
+    net.left
+        .raw(libc::AF_INET, libc::IPPROTO_IPIP)
+        .send_to(&inner, (RIGHT, 0))
+        .unwrap();
+    let (last, _) = watch.pair(|_| true);
+    assert_eq!(last.encap.unwrap().kind, EncapKind::Ipip);
 }
 
 #[test]
