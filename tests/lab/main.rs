@@ -16,6 +16,13 @@ const TESTS: &[Test] = &[
     test("paths::vxlan", paths::vxlan),
     test("paths::without_encapsulation", paths::without_encapsulation),
     test("paths::ipip", paths::ipip).needs(&[Need::Encapsulation(Encapsulation::Ipip)]),
+    test("paths::wireguard", paths::wireguard)
+        .needs(&[Need::Encapsulation(Encapsulation::Wireguard), Need::Program("wg")]),
+    test("paths::routed", paths::routed),
+    test("paths::routed_ipip", paths::routed_ipip).needs(&[Need::Encapsulation(Encapsulation::Ipip)]),
+    test("paths::cross_subnet", paths::cross_subnet),
+    test("paths::cross_subnet_ipip", paths::cross_subnet_ipip)
+        .needs(&[Need::Encapsulation(Encapsulation::Ipip)]),
     test("paths::ipv6", paths::ipv6),
     test("paths::blocked_time_exceeded", paths::blocked_time_exceeded),
     test("paths::changed_tunnel_address", paths::changed_tunnel_address),

@@ -66,6 +66,106 @@ pub(crate) fn ipip() -> Result<()> {
     with_tunnel(Encapsulation::Ipip)
 }
 
+pub(crate) fn wireguard() -> Result<()> {
+    with_tunnel(Encapsulation::Wireguard)
+}
+
+/// VXLAN hides the router between the nodes; without encapsulation it is a hop as others are.
+pub(crate) fn routed() -> Result<()> {
+    for (encapsulation, first, between_nodes) in [
+        (
+            Encapsulation::Vxlan,
+            "10.244.120.64",
+            &["10.244.205.192", "10.244.205.193"][..],
+        ),
+        (
+            Encapsulation::None,
+            "192.168.49.2",
+            &["192.168.49.1", "192.168.50.3", "10.244.205.193"],
+        ),
+    ] {
+        let lab = Lab::up(&Options {
+            encapsulation,
+            routed: true,
+            ..Options::default()
+        })?;
+        let expected = [&[first], between_nodes].concat();
+        for kind in KINDS {
+            let trace = lab.traceroute("pod1", lab.pod("pod2")?.ip(), kind, &[])?;
+            ensure!(
+                trace.path() == expected,
+                "{encapsulation:?} {kind:?}:\n{}",
+                trace.raw
+            );
+        }
+        let to = IpAddr::V6(lab.pod("pod2")?.address_v6);
+        let trace = lab.traceroute("pod1", to, Kind::Icmp, &[])?;
+        ensure!(
+            trace.path()[1..] == ["fd00:192:168:49::1", "fd00:192:168:50::3", "fd00:10:244:205::1"],
+            "{encapsulation:?}:\n{}",
+            trace.raw
+        );
+    }
+    Ok(())
+}
+
+/// `tunl0` gives the outer header the inner one's TTL, and ipip keeps to itself what the router between the nodes says of
+/// it: that probe is answered by nobody. The next one is at the second node with a TTL of 2, and so goes on to the pod.
+pub(crate) fn routed_ipip() -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation: Encapsulation::Ipip,
+        routed: true,
+        ..Options::default()
+    })?;
+    swallowed(&lab, "pod2", &["10.244.120.64", "*", "10.244.205.193"])
+}
+
+fn swallowed(lab: &Lab, receiver: &str, expected: &[&str]) -> Result<()> {
+    for kind in [Kind::Udp, Kind::Icmp] {
+        let trace = lab.traceroute("pod1", lab.pod(receiver)?.ip(), kind, &["-q", "1", "-w", "3"])?;
+        ensure!(trace.path() == expected, "{kind:?}:\n{}", trace.raw);
+    }
+    let ping = lab.ping("pod1", lab.pod(receiver)?.ip(), 3, &[])?;
+    ensure!(ping.received == 3, "{}", ping.raw);
+    Ok(())
+}
+
+fn across_subnets(encapsulation: Encapsulation) -> Result<Lab> {
+    let lab = Lab::up(&Options {
+        encapsulation,
+        cross_subnet: true,
+        ..Options::default()
+    })?;
+    // The node of the same subnet is reached without the tunnel, and so answers with its own address.
+    let expected = ["10.244.120.64", "192.168.49.3", "10.244.205.193"];
+    for kind in KINDS {
+        let trace = lab.traceroute("pod1", lab.pod("pod2")?.ip(), kind, &[])?;
+        ensure!(
+            trace.path() == expected,
+            "{encapsulation:?} {kind:?}:\n{}",
+            trace.raw
+        );
+    }
+    Ok(lab)
+}
+
+pub(crate) fn cross_subnet() -> Result<()> {
+    let lab = across_subnets(Encapsulation::Vxlan)?;
+    for (from, expected) in [
+        ("pod1", ["10.244.120.64", "10.244.33.128", "10.244.33.129"]),
+        ("pod2", ["10.244.205.192", "10.244.33.128", "10.244.33.129"]),
+    ] {
+        let trace = lab.traceroute(from, lab.pod("pod5")?.ip(), Kind::Udp, &[])?;
+        ensure!(trace.path() == expected, "{}", trace.raw);
+    }
+    Ok(())
+}
+
+pub(crate) fn cross_subnet_ipip() -> Result<()> {
+    let lab = across_subnets(Encapsulation::Ipip)?;
+    swallowed(&lab, "pod5", &["10.244.120.64", "*", "10.244.33.129"])
+}
+
 pub(crate) fn without_encapsulation() -> Result<()> {
     let options = Options {
         encapsulation: Encapsulation::None,

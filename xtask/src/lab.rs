@@ -33,12 +33,18 @@ enum Verb {
         /// Which device a node has first: it decides what hop 1 of a traceroute shows
         #[arg(long, value_enum, default_value_t = Order::TunnelFirst)]
         order: Order,
+        /// The second node is in another subnet than the first: a router is between them
+        #[arg(long)]
+        routed: bool,
+        /// Only nodes of different subnets use the tunnel; with a third node in another subnet, and a fifth pod there
+        #[arg(long)]
+        cross_subnet: bool,
     },
     /// Take it down again
     Down,
     /// Show its nodes and pods
     Status,
-    /// Run a command in one of its parts: minikube, minikube-m02, pod1 to pod4, underlay
+    /// Run a command in one of its parts: minikube, minikube-m02, pod1 to pod4, underlay, minikube-m03 and pod5 where they are
     Exec {
         /// The part
         part: String,
@@ -56,6 +62,8 @@ enum How {
     Ipip,
     /// Routed by the nodes' own addresses
     None,
+    /// wireguard.cali, where the kernel has the wireguard module
+    Wireguard,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -71,7 +79,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return as_root();
     }
     match &options.verb {
-        Verb::Up { encapsulation, order } => up(*encapsulation, *order),
+        Verb::Up {
+            encapsulation,
+            order,
+            routed,
+            cross_subnet,
+        } => up(*encapsulation, *order, *routed, *cross_subnet),
         Verb::Down => down(),
         Verb::Status => status(),
         Verb::Exec { part, command } => exec(part, command),
@@ -86,17 +99,20 @@ fn as_root() -> Result<()> {
     Err(error).context("cannot run this command as root")
 }
 
-fn up(encapsulation: How, order: Order) -> Result<()> {
+fn up(encapsulation: How, order: Order, routed: bool, cross_subnet: bool) -> Result<()> {
     let options = calitrace_tests::Options {
         encapsulation: match encapsulation {
             How::Vxlan => Encapsulation::Vxlan,
             How::Ipip => Encapsulation::Ipip,
             How::None => Encapsulation::None,
+            How::Wireguard => Encapsulation::Wireguard,
         },
         order: match order {
             Order::TunnelFirst => DeviceOrder::TunnelFirst,
             Order::UplinkFirst => DeviceOrder::UplinkFirst,
         },
+        routed,
+        cross_subnet,
         ..calitrace_tests::Options::default()
     };
     let interrupts = Interrupts::hold()?;

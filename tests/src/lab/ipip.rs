@@ -1,33 +1,16 @@
-//! What is special about `tunl0`: whether the kernel has it, and when it appears in a namespace.
+//! What is special about `tunl0`: when it appears in a namespace.
 
 use std::ffi::CString;
-use std::fmt::{self, Display, Formatter};
 use std::fs;
-use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread;
 
-use anyhow::{Context, Result, anyhow};
-use nix::sched::{CloneFlags, unshare};
+use anyhow::{Context, Result};
 
+use super::devices::Unsupported;
 use super::plan::{DeviceOrder, Encapsulation, Options};
-use crate::command;
 use crate::namespace::Namespace;
 
 const FALLBACK_TUNNELS: &str = "/proc/sys/net/core/fb_tunnels_only_for_init_net";
-
-/// This machine's kernel cannot carry the lab that was asked for. Found by `downcast_ref` in the error of
-/// [`super::Lab::up`]; a test skips its case with it.
-#[derive(Debug)]
-pub struct Unsupported(String);
-
-impl Display for Unsupported {
-    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
-        formatter.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Unsupported {}
 
 /// Whether `tunl0` has to be made in this namespace. Where the ipip module was loaded before, the kernel
 /// put one into it at its birth (`ip_tunnel_init_net` in `net/ipv4/ip_tunnel.c`), which can neither be
@@ -46,25 +29,8 @@ pub(super) fn must_be_made(namespace: &Namespace) -> Result<bool> {
     let trial = "link add trial type ipip remote 192.0.2.1 local 192.0.2.2\nlink del trial\n";
     match namespace.ip(trial) {
         Ok(()) => Ok(true),
-        Err(error) => Err(error.context(Unsupported("this kernel has no ipip devices".to_owned()))),
+        Err(error) => Err(error.context(Unsupported("ipip"))),
     }
-}
-
-/// Whether this kernel has ipip devices, tried in a nameless namespace. Needs root.
-pub(super) fn supported() -> Result<bool> {
-    let trial = || {
-        unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-        let mut ip = Command::new("ip");
-        let added =
-            command::output(ip.args(["link", "add", "trial", "type", "ipip", "remote", "192.0.2.1"]))?;
-        Ok(added.status.success())
-    };
-    thread::scope(|scope| {
-        scope
-            .spawn(trial)
-            .join()
-            .unwrap_or_else(|_| Err(anyhow!("a thread panicked")))
-    })
 }
 
 /// Namespaces made while this lives have no `tunl0` of the kernel's: one made later can come after the

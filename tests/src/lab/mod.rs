@@ -1,10 +1,12 @@
 //! The lab: building it, changing it, running things in it, taking it down.
 
+mod devices;
 mod ipip;
 pub mod netfilter;
 pub mod plan;
 mod registry;
 mod root;
+mod wireguard;
 mod wiring;
 
 use std::ffi::OsStr;
@@ -23,7 +25,7 @@ use nix::fcntl::Flock;
 use crate::command::{self, Running};
 use crate::namespace::Namespace;
 use crate::wait::wait_until;
-pub use ipip::Unsupported;
+pub use devices::Unsupported;
 use netfilter::{Policy, Rules};
 pub use plan::{DeviceOrder, Encapsulation, Node, Options, Pod};
 pub use registry::{Record, sweep};
@@ -34,7 +36,7 @@ pub const UNDERLAY: &str = "underlay";
 /// Two Calico nodes with two pods each, taken down when dropped.
 ///
 /// Its parts are called `minikube` and `minikube-m02` (the nodes), `pod1` to `pod4` and those added later,
-/// and `underlay`.
+/// and `underlay`. [`Options::cross_subnet`] adds a third node, `minikube-m03`, with `pod5`.
 #[derive(Debug)]
 pub struct Lab {
     id: String,
@@ -50,7 +52,7 @@ pub struct Lab {
 /// What can change while the lab is up.
 #[derive(Debug)]
 struct State {
-    nodes: [Node; 2],
+    nodes: Vec<Node>,
     pods: Vec<(Pod, Policy)>,
     block_time_exceeded: bool,
 }
@@ -71,11 +73,7 @@ impl Lab {
 
     /// Whether this machine's kernel can carry a lab with this encapsulation. Needs root.
     pub fn supports(encapsulation: Encapsulation) -> Result<bool> {
-        if encapsulation == Encapsulation::Ipip {
-            ipip::supported()
-        } else {
-            Ok(true)
-        }
+        devices::support(encapsulation)
     }
 
     /// Takes down the lab with this id, whoever built it. Returns whether there was one.
@@ -105,8 +103,8 @@ impl Lab {
         &self.options
     }
 
-    /// Both nodes as they are now.
-    pub fn nodes(&self) -> [Node; 2] {
+    /// The nodes as they are now.
+    pub fn nodes(&self) -> Vec<Node> {
         self.state().nodes.clone()
     }
 
@@ -172,16 +170,15 @@ impl Lab {
         self.load_rules(&state, self.node_index(&node)?)
     }
 
-    /// Makes both nodes drop ICMP time exceeded, their own and the other's, so that nothing of the lab can
+    /// Makes all nodes drop ICMP time exceeded, their own and the others', so that nothing of the lab can
     /// learn a hop from it; or lifts that.
     pub fn block_time_exceeded(&self, block: bool) -> Result<()> {
         let mut state = self.state();
         state.block_time_exceeded = block;
-        self.load_rules(&state, 0)?;
-        self.load_rules(&state, 1)
+        (0..state.nodes.len()).try_for_each(|index| self.load_rules(&state, index))
     }
 
-    /// Gives a node's tunnel device another address and its peer the way to it.
+    /// Gives a node's tunnel device another address and its peers the way to it.
     pub fn set_tunnel_address(&self, node: &str, address: Ipv4Addr) -> Result<()> {
         let encapsulation = self.options.encapsulation;
         let device = encapsulation
@@ -196,23 +193,31 @@ impl Lab {
         state.nodes[index].tunnel_address = address;
         self.namespace(node)?
             .ip(&wiring::change_tunnel_address(device, old, address))?;
-        let mut batch = wiring::to_peer(&state.nodes[index], encapsulation);
-        if encapsulation == Encapsulation::Vxlan {
-            batch += &wiring::forget_gateway(device, old);
+        let node = &state.nodes[index];
+        for other in state.nodes.iter().filter(|other| other.name != node.name) {
+            let mut batch = wiring::to_peer(other, node, &self.options);
+            if batch.contains("vxlan.calico") {
+                batch += &wiring::forget_gateway(device, old);
+            }
+            self.namespace(&other.name)?.ip(&batch)?;
+            if encapsulation == Encapsulation::Wireguard {
+                wireguard::connect(other, node)?;
+            }
         }
-        self.namespace(&state.nodes[1 - index].name)?.ip(&batch)
+        Ok(())
     }
 
     /// Takes a node's default routes away.
     pub fn delete_default_route(&self, node: &str) -> Result<()> {
-        let routes = wiring::default_route(self.options.ipv6).replace("route add", "route del");
-        self.namespace(node)?.ip(&routes)
+        let routes = wiring::default_route(&self.node(node)?, self.options.ipv6);
+        self.namespace(node)?
+            .ip(&routes.replace("route add", "route del"))
     }
 
     /// Gives a node its default routes back.
     pub fn restore_default_route(&self, node: &str) -> Result<()> {
         self.namespace(node)?
-            .ip(&wiring::default_route(self.options.ipv6))
+            .ip(&wiring::default_route(&self.node(node)?, self.options.ipv6))
     }
 
     /// Turns segmentation offload, receive merging and checksum offload of all pod, workload, tunnel and
@@ -288,7 +293,7 @@ impl Lab {
         let _ = sweep();
         let lock = registry::lock(id)?.with_context(|| format!("lab {id} is being built or in use"))?;
         ensure!(Record::read(id)?.is_none(), "lab {id} is up already");
-        let nodes = plan::nodes(id);
+        let nodes = plan::nodes(id, options);
         let pods = plan::pods(id, &nodes)?;
         let folder = std::env::temp_dir().join(format!("calitrace-lab-{id}"));
         let record = Record {
@@ -297,7 +302,7 @@ impl Lab {
             kept,
             options: options.clone(),
             underlay: plan::namespace_name(id, UNDERLAY),
-            nodes: nodes.to_vec(),
+            nodes: nodes.clone(),
             pods: pods.clone(),
         };
         let state = State {
@@ -341,14 +346,17 @@ impl Lab {
         underlay.sysctls(settings.into_iter().chain(wiring::router_settings()))?;
         let lab = &*self;
         let holders = thread::scope(|scope| {
-            let builders = [0, 1].map(|index| scope.spawn(move || lab.build_node(index)));
-            builders.map(|builder| {
+            let builders: Vec<_> = (0..nodes.len())
+                .map(|index| scope.spawn(move || lab.build_node(index)))
+                .collect();
+            let join = |builder: thread::ScopedJoinHandle<'_, Result<Child>>| {
                 builder
                     .join()
                     .unwrap_or_else(|_| Err(anyhow!("the builder of a node panicked")))
-            })
+            };
+            builders.into_iter().map(join).collect::<Vec<_>>()
         });
-        // Both are kept before either error is looked at, so that both are ended.
+        // All are kept before any error is looked at, so that all are ended.
         let mut failed = None;
         for holder in holders {
             match holder {
@@ -360,6 +368,11 @@ impl Lab {
             return Err(error);
         }
         underlay.ip(&wiring::underlay(&nodes, self.options.ipv6))?;
+        if self.options.encapsulation == Encapsulation::Wireguard {
+            for (node, peer) in plan::pairs(&nodes) {
+                wireguard::connect(node, peer)?;
+            }
+        }
         names
             .iter()
             .try_for_each(|name| wait_for_links(&Namespace::open(name)?))
@@ -367,18 +380,27 @@ impl Lab {
 
     fn build_node(&self, index: usize) -> Result<Child> {
         let nodes = self.nodes();
-        let (node, peer) = (&nodes[index], &nodes[1 - index]);
+        let node = &nodes[index];
+        let peers = || nodes.iter().filter(|peer| peer.name != node.name);
         let options = &self.options;
         let namespace = Namespace::open(&node.namespace)?;
         let settings = wiring::namespace_settings(options.ipv6);
         namespace.sysctls(settings.into_iter().chain(wiring::router_settings()))?;
         let make_tunl0 = options.encapsulation == Encapsulation::Ipip && ipip::must_be_made(&namespace)?;
         let underlay = plan::namespace_name(&self.id, UNDERLAY);
+        if options.encapsulation == Encapsulation::Wireguard && !Self::supports(options.encapsulation)? {
+            return Err(Unsupported("wireguard").into());
+        }
         namespace.ip(&wiring::node(node, options, make_tunl0, &underlay))?;
-        namespace.ip(&wiring::blocks(node, peer, options))?;
-        if options.encapsulation == Encapsulation::Vxlan {
-            let mut bridge = namespace.command("bridge");
-            command::run_with_input(bridge.args(["-batch", "-"]), &wiring::forwarding_entry(peer))?;
+        namespace.ip(&wiring::blocks(node, peers(), options))?;
+        match options.encapsulation {
+            Encapsulation::Vxlan => {
+                let entries: String = peers().map(wiring::forwarding_entry).collect();
+                let mut bridge = namespace.command("bridge");
+                command::run_with_input(bridge.args(["-batch", "-"]), &entries)?;
+            }
+            Encapsulation::Wireguard => wireguard::set_up(node)?,
+            Encapsulation::Ipip | Encapsulation::None => {}
         }
         let root = self.root(&node.name);
         root::create(&root, node)?;
@@ -402,10 +424,10 @@ impl Lab {
     }
 
     fn load_rules(&self, state: &State, index: usize) -> Result<()> {
-        let (node, peer) = (&state.nodes[index], &state.nodes[1 - index]);
+        let node = &state.nodes[index];
         let local = |pod: &Pod| pod.node == node.name;
         let rules = Rules {
-            peer,
+            peers: state.nodes.iter().filter(|peer| peer.name != node.name).collect(),
             encapsulation: self.options.encapsulation,
             pods: state
                 .pods
@@ -425,9 +447,10 @@ impl Lab {
 
     fn node_index(&self, name: &str) -> Result<usize> {
         // Names never change: no need to ask the state, which the caller may hold.
-        ["minikube", "minikube-m02"]
+        ["minikube", "minikube-m02", plan::THIRD_NODE]
             .iter()
             .position(|node| *node == name)
+            .filter(|index| *index < 2 || self.options.cross_subnet)
             .with_context(|| format!("lab {} has no node {name}", self.id))
     }
 

@@ -61,7 +61,8 @@ impl Policy {
 
 /// What the rules of a node depend on.
 pub(super) struct Rules<'a> {
-    pub(super) peer: &'a Node,
+    /// The other nodes.
+    pub(super) peers: Vec<&'a Node>,
     pub(super) encapsulation: Encapsulation,
     /// The pods of this node, each with its policy.
     pub(super) pods: Vec<(&'a Pod, Policy)>,
@@ -172,18 +173,24 @@ impl Rules<'_> {
 
     /// Encapsulated packets are taken from the other nodes of the cluster, and from nobody else.
     fn encapsulated_input(&self) -> String {
-        let peer = self.peer.address;
         let (packets, name) = match self.encapsulation {
             Encapsulation::Vxlan => (format!("-p udp -m udp --dport {}", VXLAN.1), "IPv4 VXLAN"),
             Encapsulation::Ipip => ("-p 4".to_owned(), "IPIP"),
-            Encapsulation::None => return String::new(),
+            Encapsulation::None | Encapsulation::Wireguard => return String::new(),
         };
-        format!(
-            "-A cali-INPUT {packets} -m comment --comment \"Allow {name} packets from allowed hosts\" \
-             -s {peer}/32 -m addrtype --dst-type LOCAL -j ACCEPT\n\
-             -A cali-INPUT {packets} -m comment --comment \"Drop {name} packets from non-allowed hosts\" \
+        let mut text = String::new();
+        for peer in &self.peers {
+            text += &format!(
+                "-A cali-INPUT {packets} -m comment --comment \"Allow {name} packets from allowed hosts\" \
+                 -s {}/32 -m addrtype --dst-type LOCAL -j ACCEPT\n",
+                peer.address
+            );
+        }
+        text += &format!(
+            "-A cali-INPUT {packets} -m comment --comment \"Drop {name} packets from non-allowed hosts\" \
              -m addrtype --dst-type LOCAL -j DROP\n"
-        )
+        );
+        text
     }
 }
 
@@ -305,10 +312,10 @@ mod tests {
     use super::*;
 
     fn rules(policy: Policy, blocked: bool) -> String {
-        let nodes = plan::nodes("7");
+        let nodes = plan::nodes("7", &plan::Options::default());
         let pods = plan::pods("7", &nodes).unwrap();
         let rules = Rules {
-            peer: &nodes[0],
+            peers: vec![&nodes[0]],
             encapsulation: Encapsulation::Vxlan,
             pods: vec![(&pods[1], policy), (&pods[3], Policy::Allow)],
             backend: Some(&pods[1]),

@@ -181,7 +181,7 @@ mod tests {
 
     #[test]
     fn files_come_and_go_with_the_pod() {
-        let nodes = plan::nodes("7");
+        let nodes = plan::nodes("7", &Options::default());
         let pod = &plan::pods("7", &nodes).unwrap()[0];
         let folder = tempfile::tempdir().unwrap();
         add_pod(folder.path(), pod, &Options::default()).unwrap();
@@ -201,7 +201,7 @@ mod tests {
 
     #[test]
     fn files_that_are_not_asked_for_are_not_written() {
-        let nodes = plan::nodes("7");
+        let nodes = plan::nodes("7", &Options::default());
         let pod = &plan::pods("7", &nodes).unwrap()[0];
         let folder = tempfile::tempdir().unwrap();
         let options = Options {

@@ -10,9 +10,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::plan::{
-    DeviceOrder, Encapsulation, GATEWAY, GATEWAY_V6, Node, OUTSIDE, Options, Pod, VXLAN, WORKLOAD_MAC,
-};
+use super::plan::{DeviceOrder, Encapsulation, Node, OUTSIDE, Options, Pod, VXLAN, WIREGUARD, WORKLOAD_MAC};
 
 /// The route protocol number Felix marks its routes with (`DefaultRouteProto`).
 const PROTO_FELIX: u8 = 80;
@@ -22,20 +20,33 @@ const WORKLOAD_LINK_LOCAL: &str = "fe80::ecee:eeff:feee:eeee";
 /// A setting below `/proc/sys` and its value.
 pub(super) type Setting = (String, &'static str);
 
-/// The bridge that carries the underlay, its addresses, and an address outside of the cluster.
-pub(super) fn underlay(nodes: &[Node; 2], ipv6: bool) -> String {
-    let mut batch = format!(
-        "link set lo up\n\
-         address add {OUTSIDE}/32 dev lo\n\
-         link add br0 type bridge\n\
-         address add {GATEWAY}/24 dev br0\n"
-    );
-    if ipv6 {
-        batch += &format!("address add {GATEWAY_V6}/64 dev br0 nodad\n");
-    }
-    batch += "link set br0 up\n";
+/// The bridges that carry the underlay, one for each subnet, the addresses of the router between them, and an address
+/// outside of the cluster. Where there is a router to pass, it knows the way to the nodes' blocks, as it would by BGP:
+/// what is not encapsulated crosses it, too.
+pub(super) fn underlay(nodes: &[Node], ipv6: bool) -> String {
+    let mut batch = format!("link set lo up\naddress add {OUTSIDE}/32 dev lo\n");
+    let mut gateways: Vec<Ipv4Addr> = Vec::new();
     for node in nodes {
-        batch += &format!("link set {} master br0 up\n", node.name);
+        let gateway = node.gateway();
+        let number = gateways.iter().position(|known| *known == gateway);
+        let bridge = format!("br{}", number.unwrap_or(gateways.len()));
+        if number.is_none() {
+            gateways.push(gateway);
+            batch += &format!("link add {bridge} type bridge\naddress add {gateway}/24 dev {bridge}\n");
+            if ipv6 {
+                batch += &format!("address add {}/64 dev {bridge} nodad\n", node.gateway_v6());
+            }
+            batch += &format!("link set {bridge} up\n");
+        }
+        batch += &format!("link set {} master {bridge} up\n", node.name);
+    }
+    if gateways.len() > 1 {
+        for node in nodes {
+            batch += &format!("route add {} via {}\n", node.block, node.address);
+            if ipv6 {
+                batch += &format!("route add {} via {}\n", node.block_v6, node.address_v6);
+            }
+        }
     }
     batch
 }
@@ -64,7 +75,15 @@ pub(super) fn node(node: &Node, options: &Options, make_tunl0: bool, underlay: &
         batch += &format!("address add {}/64 dev eth0 nodad\n", node.address_v6);
     }
     batch += "link set eth0 up\n";
-    batch + &default_route(options.ipv6)
+    if options.encapsulation == Encapsulation::Wireguard {
+        batch += &format!(
+            "rule add priority {} not fwmark {mark}/{mark} table {}\n",
+            WIREGUARD.priority,
+            WIREGUARD.table,
+            mark = WIREGUARD.mark
+        );
+    }
+    batch + &default_route(node, options.ipv6)
 }
 
 fn tunnel(node: &Node, encapsulation: Encapsulation, make_tunl0: bool) -> String {
@@ -79,39 +98,53 @@ fn tunnel(node: &Node, encapsulation: Encapsulation, make_tunl0: bool) -> String
         ),
         Encapsulation::Ipip if make_tunl0 => format!("link add tunl0 type ipip\nlink set tunl0 mtu {mtu}\n"),
         Encapsulation::Ipip => format!("link set tunl0 mtu {mtu}\n"),
+        Encapsulation::Wireguard => format!("link add wireguard.cali mtu {mtu} type wireguard\n"),
         Encapsulation::None => String::new(),
     }
 }
 
 /// The default routes of a node. Without one the kernel answers no pod's ARP request for 169.254.1.1:
 /// proxy ARP needs a route to the asked address through another device (projectcalico/calico#3270).
-pub(super) fn default_route(ipv6: bool) -> String {
-    let mut batch = format!("route add default via {GATEWAY} dev eth0\n");
+pub(super) fn default_route(node: &Node, ipv6: bool) -> String {
+    let mut batch = format!("route add default via {} dev eth0\n", node.gateway());
     if ipv6 {
-        batch += &format!("route add default via {GATEWAY_V6} dev eth0\n");
+        batch += &format!("route add default via {} dev eth0\n", node.gateway_v6());
     }
     batch
 }
 
-/// A node's route for its own block and its way to the peer's: one blackhole that the pods' /32 routes
-/// are more specific than, and one gateway.
-pub(super) fn blocks(node: &Node, peer: &Node, options: &Options) -> String {
+/// A node's route for its own block and its way to the others': one blackhole that the pods' /32 routes
+/// are more specific than, and one gateway for each peer.
+pub(super) fn blocks<'a>(node: &Node, peers: impl Iterator<Item = &'a Node>, options: &Options) -> String {
     let mut batch = format!("route add blackhole {} proto {PROTO_FELIX}\n", node.block);
-    batch += &to_peer(peer, options.encapsulation);
     if options.ipv6 {
-        batch += &format!(
-            "route add blackhole {} proto {PROTO_FELIX}\n\
-             route add {} via {} dev eth0 proto {PROTO_FELIX}\n",
-            node.block_v6, peer.block_v6, peer.address_v6
-        );
+        batch += &format!("route add blackhole {} proto {PROTO_FELIX}\n", node.block_v6);
+    }
+    for peer in peers {
+        batch += &to_peer(node, peer, options);
+        if options.ipv6 {
+            let gateway = if node.is_routed_to(peer) {
+                node.gateway_v6()
+            } else {
+                peer.address_v6
+            };
+            batch += &format!(
+                "route add {} via {gateway} dev eth0 proto {PROTO_FELIX}\n",
+                peer.block_v6
+            );
+        }
     }
     batch
 }
 
-/// The way to the peer's block, replacing what was there.
-pub(super) fn to_peer(peer: &Node, encapsulation: Encapsulation) -> String {
+/// The way from a node to a peer's block, replacing what was there.
+pub(super) fn to_peer(node: &Node, peer: &Node, options: &Options) -> String {
     let block = peer.block;
-    match encapsulation {
+    let routed = node.is_routed_to(peer);
+    let gateway = if routed { node.gateway() } else { peer.address };
+    let unencapsulated = format!("route replace {block} via {gateway} dev eth0 proto bird\n");
+    match options.encapsulation {
+        _ if options.cross_subnet && !routed => unencapsulated,
         Encapsulation::Vxlan => {
             let (vtep, mac) = (peer.tunnel_address, peer.tunnel_mac());
             format!(
@@ -125,8 +158,14 @@ pub(super) fn to_peer(peer: &Node, encapsulation: Encapsulation) -> String {
                 peer.address
             )
         }
-        Encapsulation::None => {
-            format!("route replace {block} via {} dev eth0 proto bird\n", peer.address)
+        Encapsulation::None => unencapsulated,
+        // BGP's route stays in the main table; Felix's is in a table of its own (`felix/wireguard/wireguard.go`).
+        Encapsulation::Wireguard => {
+            unencapsulated
+                + &format!(
+                    "route replace {block} dev wireguard.cali table {} proto {PROTO_FELIX} scope link\n",
+                    WIREGUARD.table
+                )
         }
     }
 }
@@ -259,13 +298,13 @@ mod tests {
 
     #[test]
     fn the_order_of_devices_is_the_order_of_registration() {
-        let [first, _] = plan::nodes("7");
+        let first = &plan::nodes("7", &Options::default())[0];
         for (order, tunnel_first) in [
             (DeviceOrder::TunnelFirst, true),
             (DeviceOrder::UplinkFirst, false),
         ] {
             let batch = node(
-                &first,
+                first,
                 &Options {
                     order,
                     ..Options::default()
@@ -280,19 +319,34 @@ mod tests {
 
     #[test]
     fn a_peer_is_reached_through_the_gateway_of_its_encapsulation() {
-        let [_, peer] = plan::nodes("7");
-        for (encapsulation, route) in [
+        for (encapsulation, routed, cross_subnet, route) in [
             (
                 Encapsulation::Vxlan,
+                false,
+                false,
                 "10.244.205.192/26 via 10.244.205.192 dev vxlan.calico",
             ),
+            (Encapsulation::Vxlan, false, true, "via 192.168.49.3 dev eth0"),
+            (Encapsulation::Vxlan, true, true, "dev vxlan.calico"),
+            (Encapsulation::Ipip, false, false, "via 192.168.49.3 dev tunl0"),
+            (Encapsulation::Ipip, true, false, "via 192.168.50.3 dev tunl0"),
+            (Encapsulation::None, false, false, "via 192.168.49.3 dev eth0"),
+            (Encapsulation::None, true, false, "via 192.168.49.1 dev eth0"),
             (
-                Encapsulation::Ipip,
-                "10.244.205.192/26 via 192.168.49.3 dev tunl0",
+                Encapsulation::Wireguard,
+                false,
+                false,
+                "dev wireguard.cali table 1",
             ),
-            (Encapsulation::None, "10.244.205.192/26 via 192.168.49.3 dev eth0"),
         ] {
-            position(&to_peer(&peer, encapsulation), route);
+            let options = Options {
+                encapsulation,
+                routed,
+                cross_subnet,
+                ..Options::default()
+            };
+            let nodes = plan::nodes("7", &options);
+            position(&to_peer(&nodes[0], &nodes[1], &options), route);
         }
     }
 }

@@ -27,7 +27,7 @@ const fn program(name: &'static str, package: &'static str) -> Program {
 }
 
 /// What the lab is made of, and what talks in it.
-pub(crate) static LAB: [Program; 11] = [
+pub(crate) static LAB: [Program; 12] = [
     program("ip", "iproute2"),
     program("tc", "iproute2"),
     program("bridge", "iproute2"),
@@ -38,6 +38,7 @@ pub(crate) static LAB: [Program; 11] = [
     program("tcpdump", "tcpdump"),
     program("ethtool", "ethtool"),
     program("curl", "curl"),
+    program("wg", "wireguard-tools"),
     // The lab copies it into the nodes' own roots, where no library is: it has to be the static one.
     Program {
         name: "busybox",
