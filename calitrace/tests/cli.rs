@@ -240,6 +240,14 @@ fn help_of_watch() {
 
               Without it drops are not seen; all else works.
 
+          --tc <WAY>
+              How programs are attached to interfaces: auto or clsact
+
+              auto: by TCX where the kernel has it (Linux 6.6), else by filters on a clsact qdisc.
+              clsact: always by these, on a kernel whose TCX misbehaves.
+
+              [default: auto]
+
           --ring-size <SIZE>
               Size of the ring buffer, a power of two from 4KiB to 1GiB
 

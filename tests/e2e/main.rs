@@ -13,6 +13,7 @@ mod failures;
 mod flood;
 mod leftovers;
 mod log;
+mod repair;
 mod scope;
 mod support;
 mod topology;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         flood::TESTS,
         failures::TESTS,
         leftovers::TESTS,
+        repair::TESTS,
     ]
     .concat()
     .into_iter()

@@ -131,8 +131,8 @@ const PROG_GET_NEXT_ID: libc::c_long = 11;
 const PROG_GET_FD_BY_ID: libc::c_long = 13;
 const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const PROG_QUERY: libc::c_long = 16;
-const TCX_INGRESS: u32 = 46;
-const TCX_EGRESS: u32 = 47;
+pub(crate) const TCX_INGRESS: u32 = 46;
+pub(crate) const TCX_EGRESS: u32 = 47;
 /// Where `name` begins in `struct bpf_prog_info`, and its size.
 const INFO_NAME: (usize, usize) = (64, 16);
 
@@ -168,7 +168,7 @@ struct Query {
 }
 
 /// bpf(2). `T` must be a struct that bpf(2) takes for the command, without padding.
-fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_int> {
+pub(crate) fn bpf<T>(command: libc::c_long, attributes: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads and writes at most the given size of a struct that outlives the call; what
     // its pointers lead to is alive in each caller.
     let result = unsafe {
@@ -207,18 +207,26 @@ fn program_name(id: u32) -> io::Result<String> {
 
 /// The ids of the programs on one side of an interface of the calling thread's namespace, in order.
 fn tcx_programs(interface: &str, attach_type: u32) -> Result<Vec<u32>> {
-    let name = CString::new(interface).context("an interface's name holds a zero byte")?;
-    // SAFETY: the name is a string with its end and outlives the call.
-    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    Ok(tcx(interface, attach_type)?
+        .into_iter()
+        .map(|(program, _)| program)
+        .collect())
+}
+
+/// The ids of the programs on one side of an interface of the calling thread's namespace and of the links that hold
+/// them, in order.
+pub(crate) fn tcx(interface: &str, attach_type: u32) -> Result<Vec<(u32, u32)>> {
     // Gone since it was listed: nothing is attached to it.
-    if index == 0 {
+    let Some(index) = index_of(interface)? else {
         return Ok(Vec::new());
-    }
+    };
     let mut ids = vec![0_u32; 64];
+    let mut links = vec![0_u32; 64];
     let mut query = Query {
         target_ifindex: index,
         attach_type,
         program_ids: ids.as_mut_ptr() as u64,
+        link_ids: links.as_mut_ptr() as u64,
         count: u32::try_from(ids.len()).context("a buffer of 64 ids")?,
         ..Query::default()
     };
@@ -234,7 +242,15 @@ fn tcx_programs(interface: &str, attach_type: u32) -> Result<Vec<u32>> {
         query.count
     );
     ids.truncate(query.count as usize);
-    Ok(ids)
+    Ok(ids.into_iter().zip(links).collect())
+}
+
+/// The index of an interface of the calling thread's namespace; `None` if there is none of that name.
+pub(crate) fn index_of(interface: &str) -> Result<Option<u32>> {
+    let name = CString::new(interface).context("an interface's name holds a zero byte")?;
+    // SAFETY: the name is a string with its end and outlives the call.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    Ok((index != 0).then_some(index))
 }
 
 #[cfg(test)]

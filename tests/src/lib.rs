@@ -13,6 +13,7 @@ pub mod inventory;
 pub mod lab;
 pub mod namespace;
 pub mod needs;
+pub mod stand_in;
 pub mod traffic;
 pub mod wait;
 

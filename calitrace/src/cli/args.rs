@@ -131,6 +131,12 @@ struct WatchArgs {
     /// Without it drops are not seen; all else works.
     #[arg(long, value_name = "FILE", help_heading = "Kernel")]
     btf: Option<PathBuf>,
+    /// How programs are attached to interfaces: auto or clsact
+    ///
+    /// auto: by TCX where the kernel has it (Linux 6.6), else by filters on a clsact qdisc. clsact: always by these, on a
+    /// kernel whose TCX misbehaves.
+    #[arg(long, value_enum, value_name = "WAY", default_value_t = Tc::Auto, hide_possible_values = true, help_heading = "Kernel")]
+    tc: Tc,
     /// Size of the ring buffer, a power of two from 4KiB to 1GiB
     #[arg(long, value_name = "SIZE", default_value = "16MiB", value_parser = ring_size, help_heading = "Kernel")]
     ring_size: u32,
@@ -238,6 +244,12 @@ enum Form {
     Traceroute,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Tc {
+    Auto,
+    Clsact,
+}
+
 impl From<Cli> for Plan {
     fn from(cli: Cli) -> Self {
         let command = match cli.verb {
@@ -269,6 +281,7 @@ impl From<WatchArgs> for plan::Watch {
             duration: args.duration,
             wait: !args.no_wait,
             btf: args.btf,
+            tcx: args.tc == Tc::Auto,
             ring_size: args.ring_size,
             vxlan_port: args.vxlan_port,
         }

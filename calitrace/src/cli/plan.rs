@@ -44,6 +44,8 @@ pub struct Watch {
     pub wait: bool,
     /// BTF of the running kernel, instead of `/sys/kernel/btf/vmlinux`.
     pub btf: Option<PathBuf>,
+    /// Attach by TCX where the kernel has it; otherwise always by clsact.
+    pub tcx: bool,
     /// Size of the ring buffer in bytes, a power of two.
     pub ring_size: u32,
     /// UDP port by which VXLAN is recognised.

@@ -87,7 +87,7 @@ fn options(plan: &plan::Watch) -> live::Options {
             vxlan_port: plan.vxlan_port,
             verbose: log::log_enabled!(log::Level::Debug),
             btf: plan.btf.clone(),
-            ..kernel::Config::default()
+            tcx: plan.tcx,
         },
         discovery: plan.nodes.clone().into(),
         first: plan.view.filter.interface.iter().cloned().collect(),

@@ -22,7 +22,7 @@ pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Ho
     }
     if !way.answered_on_the_way() {
         match trace.reached {
-            Reached::Pod | Reached::Node => way.receive(),
+            Reached::Pod | Reached::Node => way.receive(verdict),
             Reached::Outside => way.go_on(verdict),
             Reached::Nothing => {}
         }
@@ -185,7 +185,7 @@ impl<'a> Way<'a> {
     }
 
     /// The packet reached its destination.
-    fn receive(&mut self) {
+    fn receive(&mut self, verdict: Verdict) {
         let trace = self.trace;
         let to_node = trace.reached == Reached::Node;
         let here = |seen: &&Seen| {
@@ -197,6 +197,10 @@ impl<'a> Way<'a> {
         };
         let mut sightings = trace.seen.iter().filter(here);
         let Some(first) = sightings.next() else {
+            // Its answer says that it got there; seen last on its way out of another node.
+            if trace.last().is_egress() {
+                return self.go_on(verdict);
+            }
             let node = self.topology.node_of(trace.cluster, trace.current.dst);
             return self.receiver_inferred(node.and_then(|node| self.topology.name(node).cloned()));
         };

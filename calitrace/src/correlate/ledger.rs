@@ -56,6 +56,12 @@ impl Ledgers {
             .any(|(start, end)| *start <= to && *end >= from)
     }
 
+    /// Whether a ledger has come since `time`: before that nobody can say that nothing was lost by then. What was
+    /// attached all the time is known by then, too: a ledger follows a look at the hooks.
+    pub(super) fn reaches(&self, time: u64) -> bool {
+        self.last.0 >= time
+    }
+
     /// Whether `hook` has observed each of the node's interfaces of its kind since `time`.
     pub(super) fn observed_since(&self, node: Netns, hook: Hook, time: u64) -> bool {
         self.attached.get(&(node, hook)).is_some_and(|interfaces| {
@@ -100,6 +106,8 @@ mod tests {
             ifindex: 2,
             hook: Hook::UplinkIngress,
             state: AttachmentState::Attached,
+            since: None,
+            others: Vec::new(),
         };
         assert!(!ledgers.observed_since(1, Hook::UplinkIngress, 20));
         ledgers.attachment(&attachment);

@@ -225,14 +225,19 @@ impl Correlator {
             self.hold(found.index, Hold::Ended, observation.time);
             return;
         }
-        // Masqueraded packets leave a node out of sight: no address of theirs is a pod's then. The answer tells that
-        // they did.
+        // The destination itself answers: the packet got there, out of sight. Past the hooks of a pod's interface where
+        // another TC program hands it on (bpf_redirect_peer), or while a hook was away; and masqueraded packets leave a
+        // node out of sight, since no address of theirs is a pod's then.
         let last = trace.last();
-        if trace.reached == Reached::Nothing && last.is_ingress() && trace.current.dst == address {
-            trace.reached = match topology.next(last.node, None, address) {
-                _ if topology.node_of(trace.cluster, address).is_some() => Reached::Node,
-                Next::Unobserved => Reached::Outside,
-                Next::Node(_) => return,
+        if trace.reached == Reached::Nothing && trace.current.dst == address {
+            trace.reached = if topology.node_of(trace.cluster, address).is_some() {
+                Reached::Node
+            } else if topology.owner(trace.cluster, address).is_some() {
+                Reached::Pod
+            } else if last.is_ingress() && topology.next(last.node, None, address) == Next::Unobserved {
+                Reached::Outside
+            } else {
+                return;
             };
             self.open.conceal(found.index);
             self.hold(found.index, Hold::Ended, observation.time);

@@ -155,6 +155,8 @@ pub(super) fn facts(tunnel: bool) -> Vec<Fact> {
                 ifindex,
                 hook,
                 state,
+                since: None,
+                others: Vec::new(),
             }));
         }
         for pod in 0..2 {

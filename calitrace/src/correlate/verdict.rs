@@ -50,6 +50,7 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
             topology
                 .ledgers
                 .observed_since(next, Hook::UplinkIngress, trace.first().time)
+                && topology.ledgers.reaches(last.time)
                 && !topology.ledgers.lost(trace.first().time, now)
         }
         Next::Unobserved => false,

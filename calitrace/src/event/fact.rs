@@ -212,6 +212,13 @@ pub struct Attachment {
     pub hook: Hook,
     /// What happened.
     pub state: AttachmentState,
+    /// Of a lost one: when it was last seen in place (`CLOCK_MONOTONIC`, nanoseconds). What passed since may be missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<u64>,
+    /// Names of the TC programs of others on this side of the interface; told anew when they change. They may drop
+    /// packets and hand them on past all further hooks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<String>,
 }
 
 /// What happened to an attachment.

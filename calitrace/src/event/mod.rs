@@ -116,6 +116,10 @@ pub struct LedgerRow {
     pub decoded: u64,
     /// Records that user space could not keep: lost.
     pub user_dropped: u64,
+    /// Nanoseconds in which somebody else had taken the hook away from an interface, from the last look at which it was
+    /// in place to its being attached again; the sum over interfaces. What passed then was seen by nobody.
+    #[serde(default)]
+    pub unobserved_ns: u64,
 }
 
 impl Ledger {

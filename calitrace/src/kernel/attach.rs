@@ -1,9 +1,9 @@
 //! Attaching to interfaces and detaching again, in each interface's own network namespace, and the counter slots that
 //! go with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use aya::programs::{
     Link as _, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
     links::FdLink,
@@ -11,13 +11,17 @@ use aya::programs::{
 };
 use calitrace_ebpf::{Direction, Hook};
 
-use super::{clsact, hooks, load::Kernel, permission::program_io_error, sys};
+use super::{
+    clsact, hooks, leftovers,
+    load::Kernel,
+    owner::{Handle, Owner},
+    permission::program_io_error,
+    sys,
+};
 use crate::{event::Netns, netns};
 
-/// Priorities of our clsact filters: the first that a filter can have on ingress, and one behind all that others
-/// commonly use on egress (Felix: below 50000).
-const FIRST_PRIORITY: u16 = 1;
-const LAST_PRIORITY: u16 = 0xfff0;
+/// What the names of our programs begin with.
+pub(super) const OUR_PREFIX: &str = "calitrace_";
 
 /// How attaching went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,35 +32,26 @@ pub enum Attached {
     Gone,
 }
 
-/// What has become of an attachment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AttachmentCheck {
-    /// It is where it should be.
-    InPlace,
-    /// It observes, but another program has come before it on ingress, or behind it on egress.
-    Displaced,
-    /// Somebody took it away.
-    Lost,
-    /// The interface is gone.
-    Gone,
-}
-
 /// What is attached.
 #[derive(Default)]
 pub(super) struct Attachments {
-    tc: BTreeMap<(Netns, u32, Hook), Attachment>,
-    /// Interfaces that we added a clsact qdisc to.
-    qdiscs: BTreeMap<(Netns, u32), netns::Handle>,
+    pub(super) tc: BTreeMap<(Netns, u32, Hook), Attachment>,
+    /// Our sign of life; made with the first clsact filter.
+    owner: Option<Owner>,
+    /// Namespaces in which leftovers were looked for.
+    swept: BTreeSet<Netns>,
     /// Whether TCX works; `None` before the first attempt.
     tcx: Option<bool>,
     global: bool,
 }
 
-struct Attachment {
-    netns: netns::Handle,
-    ifname: String,
+pub(super) struct Attachment {
+    pub(super) netns: netns::Handle,
+    pub(super) ifname: String,
     link: SchedClassifierLink,
-    tcx: bool,
+    pub(super) tcx: bool,
+    /// Handle of a clsact filter.
+    pub(super) handle: u32,
 }
 
 impl Kernel {
@@ -77,7 +72,7 @@ impl Kernel {
         }
         let try_tcx = self.config.tcx && self.attachments.tcx != Some(false);
         let tcx_known = self.attachments.tcx == Some(true);
-        let handle = clsact::handle(self.number, hook);
+        self.sweep_once(netns);
         let instance = self.instance(netns.inode())?;
         // Before the first packet: it must not be counted elsewhere.
         instance.open_slot(netns.inode(), 0, Hook::KfreeSkb)?;
@@ -87,33 +82,29 @@ impl Kernel {
             ifname,
             ifindex,
             hook,
-            handle,
-            try_tcx,
             tcx_known,
         };
-        let attached = netns.run(|| attach(classifier, &target));
+        let mut attached = Ok(Tried::NoTcx);
+        if try_tcx {
+            attached = netns.run(|| attach_tcx(classifier, &target));
+        }
+        if let Ok(Tried::NoTcx) = attached {
+            attached = self.attach_clsact(netns, &target);
+        }
         match attached {
-            Ok(Some(done)) => {
-                if done.tcx {
-                    self.attachments.tcx = Some(true);
-                } else {
-                    self.attachments.tcx = Some(false);
-                    if done.added_qdisc {
-                        self.attachments
-                            .qdiscs
-                            .insert((netns.inode(), ifindex), netns.clone());
-                    }
-                }
+            Ok(Tried::Attached(link)) => {
+                self.attachments.tcx = Some(link.tcx);
                 let attachment = Attachment {
                     netns: netns.clone(),
                     ifname: ifname.to_owned(),
-                    link: done.link,
-                    tcx: done.tcx,
+                    link: link.link,
+                    tcx: link.tcx,
+                    handle: link.handle,
                 };
                 self.attachments.tc.insert(key, attachment);
                 Ok(Attached::Yes)
             }
-            Ok(None) => {
+            Ok(Tried::Gone | Tried::NoTcx) => {
                 self.instance(netns.inode())?
                     .close_slot(netns.inode(), ifindex, hook)?;
                 Ok(Attached::Gone)
@@ -126,37 +117,61 @@ impl Kernel {
         }
     }
 
+    fn attach_clsact(&mut self, netns: &netns::Handle, target: &Target<'_>) -> Result<Tried> {
+        let owner = match &self.attachments.owner {
+            Some(owner) => owner,
+            None => self.attachments.owner.insert(Owner::new()?),
+        };
+        let handle = Handle {
+            token: owner.token,
+            hook: target.hook as u32,
+            number: self.number,
+            own_qdisc: false,
+        };
+        let classifier = self.instance(netns.inode())?.classifier(target.hook)?;
+        netns.run(|| attach_clsact(classifier, target, handle))
+    }
+
+    /// Looks for what a killed run left in a namespace, before anything is attached there, whichever way. Not to
+    /// succeed keeps nobody from observing.
+    fn sweep_once(&mut self, netns: &netns::Handle) {
+        if !self.attachments.swept.insert(netns.inode()) {
+            return;
+        }
+        match leftovers::remove(netns) {
+            Ok(found) => {
+                for leftover in found {
+                    log::info!("removed what a killed run of calitrace left: {leftover}");
+                }
+            }
+            Err(error) => {
+                log::warn!("what a killed run of calitrace may have left is still there: {error:#}");
+            }
+        }
+    }
+
     /// Detaches a TC hook from an interface and keeps its counts. Not attached, or the interface gone: no error.
     pub fn detach_tc(&mut self, netns: Netns, ifindex: u32, hook: Hook) -> Result<()> {
         let Some(attachment) = self.attachments.tc.remove(&(netns, ifindex, hook)) else {
             return Ok(());
         };
-        let last = !self
-            .attachments
-            .tc
-            .keys()
-            .any(|&(other, index, _)| (other, index) == (netns, ifindex));
-        let qdisc = if last {
-            self.attachments.qdiscs.remove(&(netns, ifindex))
-        } else {
-            None
-        };
         let Attachment {
-            netns: handle,
+            netns: namespace,
             ifname,
             link,
             tcx,
+            handle,
         } = attachment;
         let detached = if tcx {
             detach_tcx(link)
         } else {
-            handle.run(|| {
+            namespace.run(|| {
                 match link.detach() {
                     Err(error) if gone(&error) || taken_away(&error) => return Ok(()),
                     done => done?,
                 }
                 sys::wait_for_running_programs();
-                if qdisc.is_some() {
+                if Handle::decode(handle).own_qdisc {
                     clsact::remove_if_empty(ifindex)
                 } else {
                     Ok(())
@@ -189,42 +204,6 @@ impl Kernel {
         result
     }
 
-    /// Looks whether an attachment is still where it should be.
-    pub fn check_tc(&self, netns: Netns, ifindex: u32, hook: Hook) -> Result<AttachmentCheck> {
-        let Some(attachment) = self.attachments.tc.get(&(netns, ifindex, hook)) else {
-            return Ok(AttachmentCheck::Lost);
-        };
-        let program = self
-            .loaded_instance(netns)
-            .and_then(|instance| instance.loaded_classifier(hook))
-            .context("the program is not loaded")?;
-        let id = program.info().context("ask for the program's id")?.id();
-        let ifname = &attachment.ifname;
-        let direction = direction(hook);
-        let handle = clsact::handle(self.number, hook);
-        attachment.netns.run(|| {
-            if ifindex_of(ifname) != Some(ifindex) {
-                return Ok(AttachmentCheck::Gone);
-            }
-            let place = if attachment.tcx {
-                let (_, programs) = SchedClassifier::query_tcx(ifname, direction)
-                    .with_context(|| format!("list the TCX programs of {ifname}"))?;
-                let at = programs.iter().position(|program| program.id() == id);
-                at.map(|at| (at, programs.len()))
-            } else {
-                let filters = clsact::filters(ifindex, direction)?;
-                let at = filters.iter().position(|filter| filter.handle == handle);
-                at.map(|at| (at, filters.len()))
-            };
-            Ok(match (place, hook.direction()) {
-                (None, _) => AttachmentCheck::Lost,
-                (Some((0, _)), Direction::Ingress) => AttachmentCheck::InPlace,
-                (Some((at, count)), Direction::Egress) if at + 1 == count => AttachmentCheck::InPlace,
-                (Some(_), _) => AttachmentCheck::Displaced,
-            })
-        })
-    }
-
     /// What is attached to interfaces: namespace, interface, hook.
     pub fn attached(&self) -> impl Iterator<Item = (Netns, u32, Hook)> {
         self.attachments.tc.keys().copied()
@@ -246,7 +225,7 @@ impl Drop for Kernel {
 struct Done {
     link: SchedClassifierLink,
     tcx: bool,
-    added_qdisc: bool,
+    handle: u32,
 }
 
 fn detach_tcx(link: SchedClassifierLink) -> Result<()> {
@@ -264,20 +243,52 @@ fn detach_tcx(link: SchedClassifierLink) -> Result<()> {
     }
 }
 
-/// What to attach to, and how.
+/// What to attach to.
 struct Target<'a> {
     ifname: &'a str,
     ifindex: u32,
     hook: Hook,
-    /// Handle of a clsact filter.
-    handle: u32,
-    try_tcx: bool,
     /// TCX has worked before, so that an error does not mean that the kernel lacks it.
     tcx_known: bool,
 }
 
-/// Attaches in the calling thread's namespace; `None` if the interface is gone.
-fn attach(classifier: &mut SchedClassifier, target: &Target<'_>) -> Result<Option<Done>> {
+/// How an attempt ended.
+enum Tried {
+    Attached(Done),
+    Gone,
+    /// The kernel has no TCX.
+    NoTcx,
+}
+
+/// Attaches in the calling thread's namespace.
+fn attach_tcx(classifier: &mut SchedClassifier, target: &Target<'_>) -> Result<Tried> {
+    if ifindex_of(target.ifname) != Some(target.ifindex) {
+        return Ok(Tried::Gone);
+    }
+    let order = if target.hook.direction() == Direction::Ingress {
+        LinkOrder::first()
+    } else {
+        LinkOrder::last()
+    };
+    let options = TcAttachOptions::TcxOrder(order);
+    match classifier.attach_with_options(target.ifname, direction(target.hook), options) {
+        Ok(id) => Ok(Tried::Attached(Done {
+            link: classifier.take_link(id).context("keep the TCX link")?,
+            tcx: true,
+            handle: 0,
+        })),
+        Err(error) if gone(&error) => Ok(Tried::Gone),
+        // Before 6.6, and without CONFIG_NET_XGRESS.
+        Err(error) if !target.tcx_known && unsupported(&error) => {
+            log::debug!("no TCX on this kernel ({error}): clsact instead");
+            Ok(Tried::NoTcx)
+        }
+        Err(error) => Err(error).context("attach by TCX"),
+    }
+}
+
+/// As [`attach_tcx`], by a filter on a clsact qdisc.
+fn attach_clsact(classifier: &mut SchedClassifier, target: &Target<'_>, mut handle: Handle) -> Result<Tried> {
     let &Target {
         ifname,
         ifindex,
@@ -285,53 +296,45 @@ fn attach(classifier: &mut SchedClassifier, target: &Target<'_>) -> Result<Optio
         ..
     } = target;
     if ifindex_of(ifname) != Some(ifindex) {
-        return Ok(None);
+        return Ok(Tried::Gone);
     }
     let ingress = hook.direction() == Direction::Ingress;
     let direction = direction(hook);
-    if target.try_tcx {
-        let order = if ingress {
-            LinkOrder::first()
-        } else {
-            LinkOrder::last()
-        };
-        match classifier.attach_with_options(ifname, direction, TcAttachOptions::TcxOrder(order)) {
-            Ok(id) => {
-                let link = classifier.take_link(id).context("keep the TCX link")?;
-                return Ok(Some(Done {
-                    link,
-                    tcx: true,
-                    added_qdisc: false,
-                }));
-            }
-            Err(error) if gone(&error) => return Ok(None),
-            // Before 6.6, and without CONFIG_NET_XGRESS.
-            Err(error) if !target.tcx_known && unsupported(&error) => {
-                log::debug!("no TCX on this kernel ({error}): clsact instead");
-            }
-            Err(error) => return Err(error).context("attach by TCX"),
-        }
+    let added = clsact::add(ifname)?;
+    // On an ingress qdisc a filter for egress would see what comes in.
+    if !added
+        && !ingress
+        && clsact::interfaces()?
+            .get(&ifindex)
+            .is_some_and(|kind| kind == "ingress")
+    {
+        bail!(
+            "it has an ingress qdisc (a bandwidth limit, as a rule), in whose place a clsact qdisc would have to be:              what leaves it can be observed by TCX only, from Linux 6.6 on"
+        );
     }
-    clsact::sweep(ifindex)?;
-    let added_qdisc = clsact::add(ifname)?;
+    let mut all = clsact::filters(ifindex, TcAttachType::Ingress)?;
+    all.extend(clsact::filters(ifindex, TcAttachType::Egress)?);
+    // A qdisc that another run of calitrace added goes with the last of its and our filters.
+    handle.own_qdisc = added
+        || all
+            .iter()
+            .any(|filter| filter.is_akin() && Handle::decode(filter.handle).own_qdisc);
+    let beside = clsact::filters(ifindex, direction)?;
     let options = NlOptions {
-        priority: if ingress { FIRST_PRIORITY } else { LAST_PRIORITY },
-        handle: TcHandle::from(target.handle),
+        priority: clsact::free_priority(&beside, ingress),
+        handle: TcHandle::from(handle.encode()),
         classid: None,
     };
     match classifier.attach_with_options(ifname, direction, TcAttachOptions::Netlink(options)) {
         // aya tells filters apart by interface index, which is not enough for several namespaces.
-        Ok(id) => {
-            let link = classifier.take_link(id).context("keep the clsact filter")?;
-            Ok(Some(Done {
-                link,
-                tcx: false,
-                added_qdisc,
-            }))
-        }
-        Err(error) if gone(&error) => Ok(None),
+        Ok(id) => Ok(Tried::Attached(Done {
+            link: classifier.take_link(id).context("keep the clsact filter")?,
+            tcx: false,
+            handle: handle.encode(),
+        })),
+        Err(error) if gone(&error) => Ok(Tried::Gone),
         Err(error) => {
-            if added_qdisc {
+            if added {
                 clsact::remove_if_empty(ifindex)?;
             }
             Err(error).context("attach a clsact filter")
@@ -339,14 +342,14 @@ fn attach(classifier: &mut SchedClassifier, target: &Target<'_>) -> Result<Optio
     }
 }
 
-fn direction(hook: Hook) -> TcAttachType {
+pub(super) fn direction(hook: Hook) -> TcAttachType {
     match hook.direction() {
         Direction::Ingress => TcAttachType::Ingress,
         Direction::Egress | Direction::None => TcAttachType::Egress,
     }
 }
 
-fn ifindex_of(ifname: &str) -> Option<u32> {
+pub(super) fn ifindex_of(ifname: &str) -> Option<u32> {
     nix::net::if_::if_nametoindex(ifname).ok()
 }
 
@@ -360,7 +363,7 @@ fn errno(error: &ProgramError) -> Option<i32> {
 }
 
 /// Whether an error says that the interface has vanished.
-fn gone(error: &ProgramError) -> bool {
+pub(super) fn gone(error: &ProgramError) -> bool {
     matches!(error, ProgramError::UnknownInterface { .. })
         || matches!(errno(error), Some(libc::ENODEV | libc::ENXIO))
 }
@@ -371,6 +374,6 @@ fn taken_away(error: &ProgramError) -> bool {
 }
 
 /// Whether an error says that the kernel has no TCX.
-fn unsupported(error: &ProgramError) -> bool {
+pub(super) fn unsupported(error: &ProgramError) -> bool {
     matches!(errno(error), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }

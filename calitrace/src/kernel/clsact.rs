@@ -4,11 +4,10 @@
 //! A filter outlives the process that added it, and a qdisc is shared with everybody who uses TC: one that we did not
 //! add, or that has others' filters, is left alone.
 
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context as _, Result, bail};
 use aya::programs::{TcAttachType, tc};
-use calitrace_ebpf::Hook;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
@@ -49,15 +48,84 @@ pub(super) fn remove_if_empty(ifindex: u32) -> Result<()> {
     .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
 }
 
+/// The interfaces that have a qdisc for filters, and its kind: `clsact`, or `ingress`, which takes the same place and has
+/// one direction only.
+pub(super) fn interfaces() -> Result<BTreeMap<u32, String>> {
+    let mut found = BTreeMap::new();
+    request(
+        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
+        NLM_F_DUMP,
+        |reply| {
+            if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = reply
+                && qdisc.header.handle.major == TcHandle::CLSACT.major
+                && let Ok(ifindex) = u32::try_from(qdisc.header.index)
+            {
+                found.insert(ifindex, kind(&qdisc.attributes));
+            }
+        },
+    )
+    .context("list the qdiscs")?;
+    Ok(found)
+}
+
 /// A filter on a clsact qdisc.
+#[derive(Debug)]
 pub(super) struct Filter {
     /// Name of a bpf filter; empty for one of another kind.
-    name: String,
+    pub(super) name: String,
+    /// What kind of filter it is: `bpf`, `u32`, `flower`.
+    kind: String,
     /// Its number among those of its priority.
     pub(super) handle: u32,
+    /// The chain that it is part of; only chain 0 is run by itself.
+    pub(super) chain: u32,
     /// Priority in the upper half, protocol in the lower.
     info: u32,
     parent: TcHandle,
+}
+
+impl Filter {
+    /// Whether it is calitrace's, of this run or another.
+    pub(super) fn is_akin(&self) -> bool {
+        hooks::TABLE.iter().any(|row| row.program == self.name)
+    }
+
+    /// What to call it.
+    pub(super) fn label(self) -> String {
+        if self.name.is_empty() {
+            self.kind
+        } else {
+            self.name
+        }
+    }
+
+    fn priority(&self) -> u16 {
+        // The upper half fits.
+        (self.info >> 16) as u16
+    }
+}
+
+/// The last priority of ours on egress: behind all that others commonly use (Felix and others that let the kernel
+/// choose: 49152 and below, `TC_H_MAKE(0x80000000U, 0U)` in `tc_new_tfilter`, `net/sched/cls_api.c`).
+const LAST_PRIORITY: u16 = 0xfff0;
+
+/// A priority of our own for a filter that is to run before all others, or after them. Filters of one priority are one
+/// thing to the kernel and to `tc filter del`, and must be of one kind and protocol: never share one.
+pub(super) fn free_priority(filters: &[Filter], first: bool) -> u16 {
+    let taken: BTreeSet<u16> = filters.iter().map(Filter::priority).collect();
+    let last = filters
+        .iter()
+        .filter(|filter| !filter.is_akin())
+        .map(Filter::priority)
+        .max();
+    let behind = LAST_PRIORITY.max(last.unwrap_or_default().saturating_add(1));
+    let free = |priority: &u16| !taken.contains(priority);
+    let from = if first { 1 } else { behind };
+    let found = (from..=u16::MAX)
+        .find(free)
+        .or_else(|| (1..from).rev().find(free));
+    // All 65535 taken: the kernel will say what it thinks of that.
+    found.unwrap_or(from)
 }
 
 /// The filters in one direction, in the order they run in.
@@ -81,6 +149,8 @@ pub(super) fn filters(ifindex: u32, direction: TcAttachType) -> Result<Vec<Filte
             && filter.header.handle != TcHandle::UNSPEC
             {
                 found.push(Filter {
+                    kind: kind(&filter.attributes),
+                    chain: chain(&filter.attributes),
                     name: bpf_name(&filter.attributes),
                     handle: filter.header.handle.into(),
                     info: filter.header.info,
@@ -93,42 +163,30 @@ pub(super) fn filters(ifindex: u32, direction: TcAttachType) -> Result<Vec<Filte
     Ok(found)
 }
 
-/// Process ids have at most 22 bits (`PID_MAX_LIMIT`, include/linux/threads.h), handles 31.
-const PID_BITS: u32 = 22;
-
-/// A handle for a hook's filters of the `number`th loading in this process: who finds a filter later can tell whether
-/// its owner is still alive.
-pub(super) fn handle(number: u32, hook: Hook) -> u32 {
-    ((number << 3 | hook as u32) << PID_BITS | std::process::id()) & 0x7fff_ffff
+/// Takes a filter away.
+pub(super) fn remove(ifindex: u32, filter: &Filter) -> Result<()> {
+    let mut message = message(ifindex)?;
+    message.header.handle = filter.handle.into();
+    message.header.parent = filter.parent;
+    message.header.info = filter.info;
+    request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK, |_| ())
+        .with_context(|| format!("remove the TC filter {} of interface {ifindex}", filter.name))
 }
 
-const _: () = assert!(
-    Hook::ALL.len() <= 8,
-    "a hook's number takes three bits of a handle"
-);
+fn kind(attributes: &[TcAttribute]) -> String {
+    let kind = attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Kind(kind) => Some(kind.clone()),
+        _ => None,
+    });
+    kind.unwrap_or_default()
+}
 
-/// Takes away filters that an earlier run left when it was killed: those that carry our programs' names and a handle
-/// with the id of a process that is gone.
-pub(super) fn sweep(ifindex: u32) -> Result<()> {
-    let mut swept = false;
-    for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
-        for filter in filters(ifindex, direction)? {
-            let ours = hooks::TABLE.iter().any(|row| row.program == filter.name);
-            let owner = filter.handle & ((1 << PID_BITS) - 1);
-            if ours && !Path::new("/proc").join(owner.to_string()).exists() {
-                let mut message = message(ifindex)?;
-                message.header.handle = filter.handle.into();
-                message.header.parent = filter.parent;
-                message.header.info = filter.info;
-                request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK, |_| ()).with_context(
-                    || format!("remove the TC filter {} of interface {ifindex}", filter.name),
-                )?;
-                swept = true;
-            }
-        }
-    }
-    // The qdisc was ours, too, if nothing else is on it.
-    if swept { remove_if_empty(ifindex) } else { Ok(()) }
+fn chain(attributes: &[TcAttribute]) -> u32 {
+    let chain = attributes.iter().find_map(|attribute| match attribute {
+        TcAttribute::Chain(chain) => Some(*chain),
+        _ => None,
+    });
+    chain.unwrap_or_default()
 }
 
 fn bpf_name(attributes: &[TcAttribute]) -> String {
@@ -192,5 +250,42 @@ fn request(
                 None => break,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filter(name: &str, priority: u32) -> Filter {
+        Filter {
+            name: name.to_owned(),
+            kind: "bpf".to_owned(),
+            handle: 1,
+            chain: 0,
+            info: priority << 16,
+            parent: TcHandle::CLSACT,
+        }
+    }
+
+    #[test]
+    fn a_priority_is_never_shared_and_outermost_where_there_is_room() {
+        assert_eq!(free_priority(&[], true), 1);
+        assert_eq!(free_priority(&[], false), LAST_PRIORITY);
+        let felix = [filter("cali_tc_preamble", 49152)];
+        assert_eq!(free_priority(&felix, true), 1);
+        assert_eq!(free_priority(&felix, false), LAST_PRIORITY);
+        let twice = [filter("calitrace_uplink_ingress", 1), filter("theirs", 2)];
+        assert_eq!(free_priority(&twice, true), 3);
+        let far = [
+            filter("theirs", 0xfff5),
+            filter("calitrace_uplink_egress", 0xfff6),
+        ];
+        assert_eq!(free_priority(&far, false), 0xfff7);
+        assert_eq!(
+            free_priority(&[filter("theirs", 0xffff)], false),
+            0xfffe,
+            "as late as it can"
+        );
     }
 }

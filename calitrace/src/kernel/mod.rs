@@ -4,23 +4,27 @@
 mod attach;
 pub mod btf;
 mod capabilities;
+mod check;
 mod clsact;
 mod counters;
 pub mod hooks;
 mod instance;
+pub mod leftovers;
 mod load;
 mod logs;
 #[cfg(test)]
 mod measure;
 mod names;
 mod offsets;
+mod owner;
 mod permission;
 mod ring;
 mod symbols;
 mod sys;
 
-pub use attach::{Attached, AttachmentCheck};
+pub use attach::Attached;
 pub use capabilities::{Capability, capabilities};
+pub use check::{AttachmentCheck, Checked};
 pub use counters::Count;
 pub use load::{Config, Kernel};
 pub use names::Names;

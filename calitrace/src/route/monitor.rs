@@ -13,9 +13,9 @@ use nix::sys::socket::{setsockopt, sockopt};
 use super::socket;
 use crate::netns::Handle;
 
-/// Multicast groups (`enum rtnetlink_groups`, include/uapi/linux/rtnetlink.h): link, neighbour, IPv4 and IPv6 addresses and
-/// routes.
-const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// Multicast groups (`enum rtnetlink_groups`, include/uapi/linux/rtnetlink.h): link, neighbour, TC, IPv4 and IPv6
+/// addresses and routes.
+const GROUPS: [u32; 7] = [1, 3, 4, 5, 7, 9, 11];
 /// Enough for the notices of some thousand pods at once; what does not fit is told as [`Changes::resync`].
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// Longer than any notice: the kernel makes them of a page or two.
@@ -36,6 +36,8 @@ pub struct Changes {
     pub routes: bool,
     /// Configured neighbours or forwarding entries.
     pub neighbours: bool,
+    /// TC filters, or qdiscs that went with theirs.
+    pub filters: bool,
     /// Notices were lost: anything may have changed.
     pub resync: bool,
 }
@@ -46,12 +48,22 @@ impl Changes {
         self != Self::default()
     }
 
+    /// Something changed in the tables that a node is made of: all but TC filters.
+    pub fn tables(self) -> bool {
+        Self {
+            filters: false,
+            ..self
+        }
+        .any()
+    }
+
     /// Takes in what `other` tells.
     pub fn merge(&mut self, other: Self) {
         self.links |= other.links;
         self.addresses |= other.addresses;
         self.routes |= other.routes;
         self.neighbours |= other.neighbours;
+        self.filters |= other.filters;
         self.resync |= other.resync;
     }
 }
@@ -122,6 +134,7 @@ fn notices(datagram: &[u8], changes: &mut Changes) {
             libc::RTM_NEWLINK | libc::RTM_DELLINK => changes.links = true,
             libc::RTM_NEWADDR | libc::RTM_DELADDR => changes.addresses = true,
             libc::RTM_NEWROUTE | libc::RTM_DELROUTE => changes.routes = true,
+            libc::RTM_DELQDISC | libc::RTM_NEWTFILTER | libc::RTM_DELTFILTER => changes.filters = true,
             libc::RTM_NEWNEIGH | libc::RTM_DELNEIGH => {
                 changes.neighbours |= configured(&message[HEADER_BYTES..]);
             }
@@ -182,6 +195,18 @@ mod tests {
                 routes: true,
                 ..Changes::default()
             }
+        );
+    }
+
+    #[test]
+    fn filters_are_no_table() {
+        for kind in [libc::RTM_DELQDISC, libc::RTM_NEWTFILTER, libc::RTM_DELTFILTER] {
+            let changes = read(&message(kind, &[0; 20]));
+            assert!(changes.filters && !changes.tables(), "{kind}");
+        }
+        assert!(
+            !read(&message(libc::RTM_NEWQDISC, &[0; 20])).any(),
+            "nothing is lost by it"
         );
     }
 

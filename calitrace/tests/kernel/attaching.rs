@@ -12,6 +12,10 @@ use calitrace::{
     event::Hook,
     kernel::{Attached, AttachmentCheck, Config, Count, Kernel},
 };
+use calitrace_tests::{
+    Namespace,
+    stand_in::{self, Action, Side},
+};
 
 use crate::net::{DEVICE, End, LEFT, Net, RIGHT, Watch, patience, root, run};
 
@@ -207,107 +211,27 @@ fn another_program_in_front_is_noticed() {
     assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::InPlace);
     assert_eq!(check(&ours, Hook::WorkloadEgress), AttachmentCheck::InPlace);
 
-    let mut theirs = Kernel::load(&Config::default()).unwrap();
-    theirs
-        .attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadIngress)
-        .unwrap();
-    theirs
-        .attach_tc(&right.ns, DEVICE, right.ifindex, Hook::WorkloadEgress)
-        .unwrap();
-    assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::Displaced);
-    assert_eq!(check(&ours, Hook::WorkloadEgress), AttachmentCheck::Displaced);
-    assert_eq!(check(&theirs, Hook::WorkloadIngress), AttachmentCheck::InPlace);
-    drop(theirs);
-    assert_eq!(check(&ours, Hook::WorkloadIngress), AttachmentCheck::InPlace);
-}
-
-#[test]
-fn clsact_where_tcx_is_not_wanted() {
-    if !root() {
-        return;
+    // Another run of calitrace changes nothing for this one.
+    let mut akin = Kernel::load(&Config::default()).unwrap();
+    for hook in [Hook::WorkloadIngress, Hook::WorkloadEgress] {
+        akin.attach_tc(&right.ns, DEVICE, right.ifindex, hook).unwrap();
+        assert_eq!(check(&ours, hook), AttachmentCheck::InPlace);
+        assert_eq!(check(&akin, hook), AttachmentCheck::InPlace);
     }
-    let net = Net::new();
-    let qdiscs = |end: &End| {
-        let output = Command::new("tc")
-            .args(["-n", &end.name, "qdisc", "show", "dev", DEVICE])
-            .output()
-            .unwrap();
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let filters = |end: &End, direction: &str| {
-        let arguments = ["-n", &end.name, "filter", "show", "dev", DEVICE, direction];
-        String::from_utf8(Command::new("tc").args(arguments).output().unwrap().stdout).unwrap()
-    };
-    // The right end has a clsact of somebody else's.
-    run(&format!("tc -n {} qdisc add dev {DEVICE} clsact", net.right.name));
-    let mut watch = Watch::new(&Config {
-        tcx: false,
-        ..Config::default()
-    });
-    watch.attach(&net.left, Hook::WorkloadEgress);
-    watch.attach(&net.left, Hook::WorkloadIngress);
-    watch.attach(&net.right, Hook::WorkloadIngress);
-    assert!(qdiscs(&net.left).contains("clsact"));
-    assert_eq!(programs(&net.left), Vec::<String>::new(), "not by TCX");
-    for hook in [Hook::WorkloadEgress, Hook::WorkloadIngress] {
-        let check = watch
-            .kernel
-            .check_tc(net.left.ns.inode(), net.left.ifindex, hook)
-            .unwrap();
-        assert_eq!(check, AttachmentCheck::InPlace);
+
+    let namespace = Namespace::open(&right.name).unwrap();
+    let front = stand_in::attach_in_front(&namespace, DEVICE, Side::Ingress, RIGHT, Action::Accept).unwrap();
+    let behind = stand_in::attach(&namespace, DEVICE, Side::Egress, RIGHT, Action::Accept).unwrap();
+    let all = ours.check(|netns, error| panic!("{netns}: {error:#}"));
+    assert_eq!(all.len(), 2);
+    for checked in all {
+        assert_eq!(checked.state, AttachmentCheck::Displaced, "{checked:?}");
+        assert_eq!(checked.others, [stand_in::NAME], "{checked:?}");
     }
-    net.left
-        .udp(LEFT, 0)
-        .send_to(b"by clsact", (RIGHT, 7203))
-        .unwrap();
-    let (left, right) = watch.pair(|seen| seen.packet.length == 28 + 9 && seen.packet.src == LEFT);
-    assert_eq!(left.packet, right.packet);
-
-    // Who is killed leaves filters behind; the next one takes them away.
-    let mut child = attach_in_another_process(&net.left, "clsact");
-    assert_eq!(
-        filters(&net.left, "egress")
-            .matches("calitrace_workload_egress")
-            .count(),
-        2
-    );
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert_eq!(
-        filters(&net.left, "egress")
-            .matches("calitrace_workload_egress")
-            .count(),
-        2
-    );
-    watch.attach(&net.left, Hook::UplinkEgress);
-    assert_eq!(
-        filters(&net.left, "egress")
-            .matches("calitrace_workload_egress")
-            .count(),
-        1
-    );
-
-    // A filter that somebody took away is missed.
-    run(&format!(
-        "tc -n {} filter del dev {DEVICE} ingress",
-        net.right.name
-    ));
-    let check = watch
-        .kernel
-        .check_tc(net.right.ns.inode(), net.right.ifindex, Hook::WorkloadIngress)
-        .unwrap();
-    assert_eq!(check, AttachmentCheck::Lost);
-    watch.finish();
-    assert!(
-        !qdiscs(&net.left).contains("clsact"),
-        "ours is gone: {}",
-        qdiscs(&net.left)
-    );
-    assert!(
-        qdiscs(&net.right).contains("clsact"),
-        "theirs is not: {}",
-        qdiscs(&net.right)
-    );
+    drop((front, behind));
+    for hook in [Hook::WorkloadIngress, Hook::WorkloadEgress] {
+        assert_eq!(check(&ours, hook), AttachmentCheck::InPlace);
+    }
 }
 
 #[test]
@@ -419,7 +343,7 @@ fn attach_and_wait_to_be_killed() {
 }
 
 /// Runs [`attach_and_wait_to_be_killed`] and returns when it has attached.
-fn attach_in_another_process(end: &End, method: &str) -> Child {
+pub(crate) fn attach_in_another_process(end: &End, method: &str) -> Child {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args([
             "--exact",

@@ -4,6 +4,7 @@
 
 mod attaching;
 mod bench;
+mod clsact;
 mod net;
 mod parsing;
 mod transports;

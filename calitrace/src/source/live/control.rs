@@ -21,11 +21,12 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::{
     attach::{Site, changes},
     clock,
+    repair::Watched,
 };
 use crate::{
     calico::{self, NodeView, facts_changed, facts_gone},
     event::{Attachment, AttachmentState, Fact, Netns},
-    kernel::{Attached, AttachmentCheck, Count, Kernel},
+    kernel::{Attached, Count, Kernel},
     netns,
     route::{Lookup, Monitor},
 };
@@ -34,15 +35,11 @@ use crate::{
 const ROUND: Duration = Duration::from_secs(1);
 /// A namespace may become a node without a new namespace appearing: all are looked at this often at least.
 const THOROUGH: Duration = Duration::from_secs(10);
-/// Attachments are looked at this often: each look enters a namespace, and a node may have hundreds.
-const CHECK: Duration = Duration::from_secs(5);
 /// Changes come in bursts (a pod: link, address, route, neighbour); one look after the burst sees them all.
 const SETTLE: Duration = Duration::from_millis(20);
 
 /// How long drops are still observed after the last interface is not.
 const LAST_DROPS: Duration = Duration::from_millis(60);
-/// How often a hook is put back where another program took it away.
-const REPAIRS: u32 = 5;
 
 /// What the control thread tells the record thread.
 #[derive(Debug)]
@@ -63,6 +60,22 @@ pub(super) enum Message {
     Failed(anyhow::Error),
 }
 
+/// What netlink told.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct News {
+    /// Nodes whose tables changed.
+    changed: BTreeSet<Netns>,
+    /// TC filters changed somewhere.
+    filters: bool,
+}
+
+impl News {
+    fn merge(&mut self, more: Self) {
+        self.changed.extend(more.changed);
+        self.filters |= more.filters;
+    }
+}
+
 /// Settings of the control thread.
 #[derive(Debug)]
 pub(super) struct Settings {
@@ -74,19 +87,17 @@ pub(super) struct Settings {
 
 /// The state of the control thread.
 pub(super) struct Control {
-    kernel: Kernel,
+    pub(super) kernel: Kernel,
     settings: Settings,
     messages: UnboundedSender<Message>,
     stop: Arc<EventFd>,
     views: Vec<NodeView>,
     monitors: FxHashMap<Netns, Monitor>,
-    sites: FxHashMap<Site, String>,
-    /// How often a hook was put back.
-    repaired: FxHashMap<Site, u32>,
+    pub(super) sites: FxHashMap<Site, String>,
+    /// What is known of each site from looking at it.
+    pub(super) watched: FxHashMap<Site, Watched>,
     /// The namespaces there were when all were last looked at, and when that was.
     looked: (BTreeSet<Netns>, Instant),
-    /// When the attachments were last looked at.
-    checked: Instant,
     /// Said once each: a namespace may vanish while it is looked at, a kernel may refuse every interface alike.
     warned: BTreeSet<String>,
 }
@@ -108,9 +119,8 @@ impl Control {
             views,
             monitors: FxHashMap::default(),
             sites: FxHashMap::default(),
-            repaired: FxHashMap::default(),
+            watched: FxHashMap::default(),
             looked: (BTreeSet::new(), Instant::now()),
-            checked: Instant::now(),
             warned: BTreeSet::new(),
         }
     }
@@ -140,18 +150,23 @@ impl Control {
             .attach_global()
             .context("attach the tracepoint skb:kfree_skb")?;
         self.attach()?;
+        // Whose programs stand beside ours.
+        self.check();
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
         while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
-            let changed = self.changed();
+            let mut news = self.news();
             if round.elapsed() >= ROUND {
                 round = Instant::now();
                 self.round()?;
-            } else if !changed.is_empty() {
+            } else if news != News::default() {
                 std::thread::sleep(SETTLE);
                 // What came in meanwhile is part of the same burst.
-                let changed = changed.union(&self.changed()).copied().collect();
-                self.refresh(&changed)?;
+                news.merge(self.news());
+                if news.filters {
+                    self.check();
+                }
+                self.refresh(&news.changed)?;
             }
         }
         Ok(())
@@ -161,6 +176,8 @@ impl Control {
     fn round(&mut self) -> Result<()> {
         self.send(Message::Fact(Fact::Clock(clock::both())));
         let time = clock::monotonic();
+        // Before the counts: a ledger says of the time before it which hooks were not there.
+        self.check();
         let counts = self.kernel.counters()?;
         self.send(Message::Counts(time, counts));
         let namespaces: BTreeSet<Netns> = netns::list()?.iter().map(netns::Found::inode).collect();
@@ -173,10 +190,6 @@ impl Control {
             let unnamed = self.views.iter().filter(|view| view.has_unnamed_pods());
             let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
             self.look_again(&unnamed)?;
-        }
-        if self.checked.elapsed() >= CHECK {
-            self.checked = Instant::now();
-            self.repair();
         }
         self.attach()
     }
@@ -275,6 +288,7 @@ impl Control {
             {
                 Ok(Attached::Yes) => {
                     self.sites.insert(site, name);
+                    self.put_in_place(site);
                     self.attachment(site, AttachmentState::Attached);
                 }
                 Ok(Attached::Gone) => {}
@@ -290,37 +304,12 @@ impl Control {
         Ok(())
     }
 
-    /// Finds attachments that somebody else took away or came behind of, so that [`Self::attach`] puts them back.
-    fn repair(&mut self) {
-        let sites: Vec<Site> = self.sites.keys().copied().collect();
-        for site in sites {
-            let what = match self.kernel.check_tc(site.netns, site.ifindex, site.hook) {
-                Ok(AttachmentCheck::Lost) => "was taken away",
-                Ok(AttachmentCheck::Displaced) => "is no longer the outermost",
-                // A vanished interface is found by discovery.
-                Ok(AttachmentCheck::InPlace | AttachmentCheck::Gone) => continue,
-                Err(error) => {
-                    log::debug!("the hooks of node {} cannot be looked at: {error:#}", site.netns);
-                    continue;
-                }
-            };
-            // Another program may insist on the same place; two that put themselves back for ever help nobody.
-            let repaired = self.repaired.entry(site).or_default();
-            if *repaired >= REPAIRS {
-                continue;
-            }
-            *repaired += 1;
-            let name = self.sites.get(&site).cloned().unwrap_or_default();
-            log::warn!("the hook on {name} {what} by another program; attaching it again");
-            self.detach(site, AttachmentState::Lost);
-        }
-    }
-
     fn detach(&mut self, site: Site, state: AttachmentState) {
         if let Err(error) = self.kernel.detach_tc(site.netns, site.ifindex, site.hook) {
             log::debug!("{error:#}");
         }
         self.sites.remove(&site);
+        self.watched.remove(&site);
         self.attachment(site, state);
     }
 
@@ -340,19 +329,21 @@ impl Control {
         Ok(fds[0].any().unwrap_or(false))
     }
 
-    /// The nodes whose netlink sockets have news.
-    fn changed(&mut self) -> BTreeSet<Netns> {
-        let mut changed = BTreeSet::new();
+    /// What the netlink sockets have to tell.
+    fn news(&mut self) -> News {
+        let mut news = News::default();
         for (netns, monitor) in &mut self.monitors {
             match monitor.drain() {
-                Ok(changes) if changes.any() => {
-                    changed.insert(*netns);
+                Ok(changes) => {
+                    news.filters |= changes.filters || changes.resync;
+                    if changes.tables() {
+                        news.changed.insert(*netns);
+                    }
                 }
-                Ok(_) => {}
                 Err(error) => log::debug!("netlink monitor of node {netns}: {error:#}"),
             }
         }
-        changed
+        news
     }
 
     /// What is observed, for a person.
@@ -370,15 +361,32 @@ impl Control {
     }
 
     fn attachment(&self, site: Site, state: AttachmentState) {
+        self.send_attachment(site, state, None, Vec::new());
+    }
+
+    pub(super) fn send_attachment(
+        &self,
+        site: Site,
+        state: AttachmentState,
+        since: Option<u64>,
+        others: Vec<String>,
+    ) {
         let Site { netns, ifindex, hook } = site;
-        let time = clock::monotonic();
         self.send(Message::Fact(Fact::Attachment(Attachment {
-            time,
+            time: clock::monotonic(),
             netns,
             ifindex,
             hook,
             state,
+            since,
+            others,
         })));
+    }
+
+    /// The name of a node, for a person.
+    pub(super) fn node_name(&self, netns: Netns) -> String {
+        let view = self.views.iter().find(|view| view.netns() == netns);
+        view.map_or_else(|| netns.to_string(), |view| view.node.name.clone())
     }
 
     fn warn(&mut self, text: String) {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use rustc_hash::FxHashMap;
 
 use crate::{
-    event::{Hook, Ledger, LedgerRow, Netns},
+    event::{Attachment, AttachmentState, Hook, Ledger, LedgerRow, Netns},
     kernel::{Count, hooks},
 };
 
@@ -17,6 +17,10 @@ pub(super) struct Books {
     /// The node of a pod's own namespace: drops there are the node's.
     pods: FxHashMap<Netns, Netns>,
     decoded: FxHashMap<(Netns, Hook), u64>,
+    /// Hooks that were taken away and are not back yet, with the time they were last seen in place.
+    away: FxHashMap<(Netns, Hook, u32), u64>,
+    /// Time in which hooks were away that are back.
+    unobserved: FxHashMap<(Netns, Hook), u64>,
 }
 
 impl Books {
@@ -38,6 +42,26 @@ impl Books {
     /// A record was decoded.
     pub(super) fn decoded(&mut self, netns: Netns, hook: Hook) {
         *self.decoded.entry((netns, hook)).or_default() += 1;
+    }
+
+    /// A hook was attached or ceased to observe.
+    pub(super) fn attachment(&mut self, attachment: &Attachment) {
+        let Attachment {
+            netns, ifindex, hook, ..
+        } = *attachment;
+        match attachment.state {
+            AttachmentState::Lost => {
+                let since = attachment.since.unwrap_or(attachment.time);
+                self.away.entry((netns, hook, ifindex)).or_insert(since);
+            }
+            // Detached: its interface is gone, or observing ended.
+            AttachmentState::Attached | AttachmentState::Detached => {
+                if let Some(since) = self.away.remove(&(netns, hook, ifindex)) {
+                    *self.unobserved.entry((netns, hook)).or_default() +=
+                        attachment.time.saturating_sub(since);
+                }
+            }
+        }
     }
 
     /// The ledger for these kernel counts.
@@ -64,6 +88,14 @@ impl Books {
         for (&(netns, hook), records) in dropped {
             rows.entry((self.row_of(netns), hook)).or_default().user_dropped += records;
         }
+        for (&(netns, hook), nanoseconds) in &self.unobserved {
+            let row = rows.entry((self.row_of(netns), hook)).or_default();
+            row.unobserved_ns += nanoseconds;
+        }
+        for (&(netns, hook, _), since) in &self.away {
+            let row = rows.entry((self.row_of(netns), hook)).or_default();
+            row.unobserved_ns += time.saturating_sub(*since);
+        }
         for (&(netns, hook), row) in &mut rows {
             row.node = self.nodes.get(&netns).cloned();
             row.netns = row.node.is_some().then_some(netns);
@@ -81,5 +113,42 @@ impl Books {
     fn row_of(&self, netns: Netns) -> Netns {
         let node = self.pods.get(&netns).copied().unwrap_or(netns);
         if self.nodes.contains_key(&node) { node } else { 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_without_a_hook_is_in_its_row() {
+        let mut books = Books::default();
+        books.name(1, "minikube".to_owned());
+        let mut attachment = Attachment {
+            time: 500,
+            netns: 1,
+            ifindex: 2,
+            hook: Hook::UplinkIngress,
+            state: AttachmentState::Lost,
+            since: Some(300),
+            others: Vec::new(),
+        };
+        let unobserved = |books: &Books, time| {
+            let ledger = books.ledger(time, false, &[], &BTreeMap::new());
+            ledger.rows.iter().map(|row| row.unobserved_ns).sum::<u64>()
+        };
+        assert_eq!(unobserved(&books, 600), 0);
+        books.attachment(&attachment);
+        assert_eq!(unobserved(&books, 600), 300, "still away");
+        attachment = Attachment {
+            time: 700,
+            state: AttachmentState::Attached,
+            since: None,
+            ..attachment
+        };
+        books.attachment(&attachment);
+        assert_eq!(unobserved(&books, 900), 400);
+        books.attachment(&attachment);
+        assert_eq!(unobserved(&books, 900), 400, "told again, it was not away");
     }
 }

@@ -8,6 +8,7 @@ mod clock;
 mod control;
 mod enrich;
 mod ledger;
+mod repair;
 
 use std::{ops::ControlFlow, sync::Arc, time::Duration};
 
@@ -210,6 +211,7 @@ impl Stream {
                         netns,
                         ..
                     }) => self.books.pod(*own, *netns),
+                    Fact::Attachment(attachment) => self.books.attachment(attachment),
                     _ => {}
                 }
                 return take(Item::Fact(fact));
