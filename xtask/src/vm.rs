@@ -10,6 +10,7 @@ mod guest;
 mod kernels;
 mod modules;
 mod programs;
+mod subset;
 mod table;
 mod tools;
 mod tree;
@@ -23,12 +24,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use calitrace_tests::interrupt::Interrupts;
 
+use crate::cargo::Executable;
 use crate::step::say;
-use crate::test::{self, Layer};
+use crate::test::{self, Layer, Totals};
 use crate::{setup, workspace};
 use console::{Console, Verdict};
 use guest::{Accelerator, Guest};
-use kernels::{Kernel, MATRIX, Store};
+pub(crate) use kernels::Kernel;
+use kernels::{MATRIX, Store};
 use programs::Run;
 use table::Outcome;
 use tree::Tree;
@@ -37,6 +40,8 @@ use tree::Tree;
 const LAYERS: [Layer; 3] = [Layer::Kernel, Layer::Lab, Layer::EndToEnd];
 /// For all tests on one kernel, emulated.
 const LIMIT: Duration = Duration::from_hours(1);
+/// For the subset on one kernel. It takes four minutes on two cores.
+const SUBSET_LIMIT: Duration = Duration::from_mins(15);
 
 /// Which kernels and which tests.
 #[derive(clap::Args)]
@@ -64,8 +69,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         bail!("layer {layer} does not run in guests; kernel, lab and e2e do");
     }
     setup::for_build()?;
-    setup::for_lab()?;
-    setup::for_guests()?;
+    set_up()?;
     let built = test::build()?;
     let mut runs = Vec::new();
     for (layer, program) in test::plan(&built)? {
@@ -91,6 +95,46 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         0 => Ok(()),
         bad => bail!("{bad} of {} kernels failed; see above", outcomes.len()),
     }
+}
+
+fn set_up() -> Result<()> {
+    if !cfg!(target_arch = "x86_64") {
+        bail!("guests have the processor of this machine, and only those of x86-64 are known");
+    }
+    setup::for_lab()?;
+    setup::for_guests()
+}
+
+/// The kernels that `cargo xtask test` runs tests on, with all else that guests take.
+pub(crate) fn prepare() -> Result<Vec<Kernel>> {
+    set_up()?;
+    of_series(&subset::KERNELS.map(str::to_owned))
+}
+
+/// The part of the tests that differs between kernels, or those whose names contain `only`.
+pub(crate) fn subset(
+    kernels: &[Kernel],
+    programs: &[&Executable],
+    product: &OsStr,
+    only: Option<&str>,
+) -> Result<Totals> {
+    let runs = subset::runs(programs, only)?;
+    if runs.is_empty() {
+        return Ok(Totals::default());
+    }
+    let outcomes = matrix(kernels, &runs, product, SUBSET_LIMIT)?;
+    let mut sum = Totals::default();
+    for outcome in &outcomes {
+        sum += outcome.totals;
+        // A guest that did not end well has failed, whatever its tests said.
+        if outcome.verdict != Verdict::Passed && outcome.totals.failed == 0 {
+            sum.failed += 1;
+        }
+    }
+    for line in table::lines(&outcomes) {
+        say(&line);
+    }
+    Ok(sum)
 }
 
 /// Kernels of the series named, all of which there must be; of the whole matrix, those that the archive has.
@@ -177,7 +221,8 @@ fn one(guest: &Guest<'_>, interrupts: &Interrupts) -> Result<Outcome> {
         let mut console = Console::default();
         let ended = guest.run(interrupts, &mut |line| {
             console.line(line);
-            say(&format!("[{}] {line}", kernel.series));
+            let seconds = start.elapsed().as_secs();
+            say(&format!("[{} {seconds:>4} s] {line}", kernel.series));
         })?;
         if console.panicked_early() && !last {
             continue;

@@ -21,21 +21,22 @@ pub(crate) enum Layer {
     /// calitrace against real traffic in the lab (root)
     #[value(name = "e2e")]
     EndToEnd,
+    /// What differs between kernels, in guests with stock Debian kernels
+    Vm,
 }
 
 impl Layer {
-    pub(crate) const ALL: [Self; 5] = [Self::Unit, Self::Cli, Self::Kernel, Self::Lab, Self::EndToEnd];
+    pub(crate) const ALL: [Self; 6] = [
+        Self::Unit,
+        Self::Cli,
+        Self::Kernel,
+        Self::Lab,
+        Self::EndToEnd,
+        Self::Vm,
+    ];
 
     pub(crate) fn needs_root(self) -> bool {
         matches!(self, Self::Kernel | Self::Lab | Self::EndToEnd)
-    }
-
-    /// Every layer that there is so far; those to come (the VM matrix) need what a CI machine may lack.
-    pub(crate) fn required_in_ci(self) -> bool {
-        matches!(
-            self,
-            Self::Unit | Self::Cli | Self::Kernel | Self::Lab | Self::EndToEnd
-        )
     }
 
     /// The layer of a test program. None for one that this list does not know.
@@ -59,6 +60,7 @@ impl fmt::Display for Layer {
             Self::Kernel => "kernel",
             Self::Lab => "lab",
             Self::EndToEnd => "e2e",
+            Self::Vm => "vm",
         })
     }
 }

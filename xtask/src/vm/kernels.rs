@@ -28,7 +28,7 @@ const FOLDER: &str = "CALITRACE_VM_CACHE";
 
 /// A kernel that a guest can boot.
 #[derive(Clone, Debug)]
-pub(super) struct Kernel {
+pub(crate) struct Kernel {
     /// What it was asked for by: the series, or the release.
     pub(super) series: String,
     /// As `uname -r` in the guest will say.

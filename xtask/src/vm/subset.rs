@@ -1,0 +1,67 @@
+//! What `cargo xtask test` runs in guests: on each kernel a few minutes' worth of what differs between kernels. The whole
+//! matrix is `cargo xtask vm`.
+
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::programs::Run;
+use crate::cargo::Executable;
+use crate::step::output_of;
+
+/// The oldest, Debian's most used, and the newest.
+pub(super) const KERNELS: [&str; 3] = ["5.10", "6.1", "7"];
+
+/// Test programs, and the beginnings or parts of names of the tests to run.
+const TESTS: [(&str, &[&str]); 4] = [
+    (
+        "kernel",
+        &["attaching::nothing_is_left", "parsing::", "transports::"],
+    ),
+    (
+        "discovery",
+        &["nodes_are_what_ip_says", "hop_addresses_are_the_kernels"],
+    ),
+    ("lab", &["paths::ipip", "policy::nft", "presence::"]),
+    (
+        "e2e",
+        &[
+            "real_traffic_is_traced_before_any_traceroute_ran",
+            "a_policy_that_denies",
+            "a_service_is_one_trace",
+            "nothing_is_left_after_kill_9",
+        ],
+    ),
+];
+
+/// The runs of the subset, or of all tests whose names contain `only`.
+pub(super) fn runs<'a>(programs: &[&'a Executable], only: Option<&str>) -> Result<Vec<Run<'a>>> {
+    let mut runs = Vec::new();
+    for (target, filters) in TESTS {
+        let program = programs
+            .iter()
+            .find(|program| program.target == target)
+            .with_context(|| format!("no test program `{target}` was built"))?;
+        let asked = only.map(|only| [only]);
+        let mut known = Vec::new();
+        for filter in asked.as_ref().map_or(filters, |only| &only[..]) {
+            if has(program, filter)? {
+                known.push((*filter).to_owned());
+            } else if asked.is_none() {
+                // A name that fits no test any more must not leave its test out silently.
+                bail!("no test of `{target}` is named {filter}: mend the list in xtask/src/vm/subset.rs");
+            }
+        }
+        if !known.is_empty() {
+            let filters = known;
+            runs.push(Run { program, filters });
+        }
+    }
+    Ok(runs)
+}
+
+/// Whether the program has a test of that name.
+fn has(program: &Executable, filter: &str) -> Result<bool> {
+    let listed = output_of(Command::new(&program.file).args(["--list", filter]))?;
+    Ok(listed.lines().any(|line| line.ends_with(": test")))
+}
