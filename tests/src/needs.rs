@@ -100,6 +100,13 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
+/// Whether the kernel gives reasons for drops (5.17 and newer): its type information has a name for them.
+pub fn has_drop_reasons() -> bool {
+    let types = std::fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
+    let name = b"skb_drop_reason";
+    types.windows(name.len()).any(|window| window == name)
+}
+
 fn missing(what: &str, strict: bool) -> Readiness {
     if strict {
         Readiness::Failed(what.to_owned())

@@ -64,7 +64,8 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
 ///   `net/core/stream.c`; 6.1 and 6.18; the reason has a name since 6.6).
 /// * Echo replies: raw sockets get their copies before `icmp_rcv` hands the packet to `ping_rcv`, which frees it for
 ///   want of a ping socket (`ip_protocol_deliver_rcu`, `net/ipv4/ip_input.c`; `net/ipv4/ping.c`; 6.1 and 6.18). So
-///   every reply to a ping or traceroute with a raw socket ends that way.
+///   every reply to a ping or traceroute with a raw socket ends that way. Before 5.17 there are no reasons, and the
+///   caller frees it (`icmp_rcv`, `net/ipv4/icmp.c`, and `icmpv6_rcv`, `net/ipv6/icmp.c`; 5.10).
 /// * TCP in `TIME_WAIT` or half open: `tcp_v4_rcv` frees what it has dealt with, without a reason (labels `discard_it`
 ///   and `discard_and_relse`, `net/ipv4/tcp_ipv4.c`). So the last FIN of a connection may end, and the RST that ends a
 ///   half-open one does.
@@ -85,7 +86,9 @@ pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
         return true;
     }
     match part {
-        Part::Echo { reply: true, .. } => reason == Some("NO_SOCKET"),
+        Part::Echo { reply: true, .. } => {
+            reason == Some("NO_SOCKET") || (reason.is_none() && at(&["icmp_rcv", "icmpv6_rcv"]))
+        }
         Part::Tcp { .. } | Part::TcpData { .. } => {
             matches!(reason, None | Some("NOT_SPECIFIED")) && at(&["tcp_v4_rcv", "tcp_v6_rcv"])
         }

@@ -55,16 +55,16 @@ fn filters(end: &End, direction: &str) -> String {
 }
 
 /// Names of all programs of ours on an end's device, by TCX or as filters, as the kernel cuts them: to 15 bytes.
+/// `tc` shows a filter on a line, with its own name for the program and the kernel's.
 fn programs(end: &End) -> Vec<String> {
     let mut names = tcx_programs(end);
     for direction in ["ingress", "egress"] {
-        let text = filters(end, direction);
-        let words = text.split_whitespace();
-        names.extend(
-            words
-                .filter(|word| word.starts_with("calitrace_"))
-                .map(|word| word.chars().take(15).collect()),
-        );
+        names.extend(filters(end, direction).lines().filter_map(|line| {
+            let name = line
+                .split_whitespace()
+                .find(|word| word.starts_with("calitrace_"))?;
+            Some(name.chars().take(15).collect())
+        }));
     }
     names
 }

@@ -33,6 +33,13 @@ pub(crate) fn root() -> bool {
     root
 }
 
+/// Whether the kernel gives reasons for drops (5.17 and newer): its type information has a name for them.
+pub(crate) fn drop_reasons() -> bool {
+    let types = std::fs::read("/sys/kernel/btf/vmlinux").unwrap();
+    let name = b"skb_drop_reason";
+    types.windows(name.len()).any(|window| window == name)
+}
+
 /// How long to wait for what must come.
 pub(crate) fn patience() -> Duration {
     let scale = std::env::var("CALITRACE_TIME_SCALE")
