@@ -59,13 +59,6 @@ impl Inventory {
                     let program = programs.get(&id).map_or("?", String::as_str);
                     self.tcx.push(format!("{name} {interface} {direction} {program}"));
                 }
-                let mut filters = namespace.command("tc");
-                filters.args(["filter", "show", "dev", &interface, direction]);
-                // Without a qdisc that carries filters `tc` may fail: then there are none.
-                let listed = command::text(&command::output(&mut filters)?);
-                let lines = listed.lines().filter(|line| !line.trim().is_empty());
-                self.filters
-                    .extend(lines.map(|line| format!("{name} {interface} {direction} {line}")));
             }
         }
         let list = command::run(namespace.command("tc").args(["-j", "qdisc", "show"]))?;
@@ -75,6 +68,16 @@ impl Inventory {
             let (kind, interface) = (qdisc["kind"].as_str(), qdisc["dev"].as_str());
             if let (Some(kind @ ("clsact" | "ingress")), Some(interface)) = (kind, interface) {
                 self.qdiscs.push(format!("{name} {interface} {kind}"));
+                // Filters of packets that come and go hang on these two alone (tc-bpf(8)).
+                for direction in ["ingress", "egress"] {
+                    let mut filters = namespace.command("tc");
+                    filters.args(["filter", "show", "dev", interface, direction]);
+                    // An interface that is gone since has none.
+                    let listed = command::text(&command::output(&mut filters)?);
+                    let lines = listed.lines().filter(|line| !line.trim().is_empty());
+                    self.filters
+                        .extend(lines.map(|line| format!("{name} {interface} {direction} {line}")));
+                }
             }
         }
         Ok(())
