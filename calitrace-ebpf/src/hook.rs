@@ -19,6 +19,30 @@ pub enum Hook {
     UplinkEgress = 5,
     /// Raw tracepoint `skb:kfree_skb`: the kernel dropped it.
     KfreeSkb = 6,
+    /// `ip_forward`: the node forwards it; the TTL is still as it came.
+    IpForward = 7,
+    /// `ip6_forward`: as above, IPv6.
+    Ip6Forward = 8,
+    /// `iptunnel_xmit`: a tunnel puts an outer IPv4 header in front of it.
+    IptunnelXmit = 9,
+    /// `ip_tunnel_rcv`: an IP tunnel takes it out of its outer header.
+    IpTunnelRcv = 10,
+    /// `vxlan_xmit`: a VXLAN device takes it to wrap it.
+    VxlanXmit = 11,
+    /// `vxlan_rcv`: VXLAN takes it out of its outer headers.
+    VxlanRcv = 12,
+    /// `__icmp_send`: the kernel answers it with an ICMP error.
+    IcmpSend = 13,
+    /// `icmp6_send`: the kernel answers it with an ICMPv6 error.
+    Icmp6Send = 14,
+    /// `nf_hook_slow`: netfilter did not accept it.
+    NfHookSlow = 15,
+    /// `nf_nat_setup_info`: a connection gets a translation.
+    NfNatSetupInfo = 16,
+    /// `skb_clone`: it goes on under a second address.
+    SkbClone = 17,
+    /// `pskb_expand_head`: its bytes move to another buffer.
+    PskbExpandHead = 18,
 }
 
 /// What kind of interface a hook sits on.
@@ -47,7 +71,7 @@ pub enum Direction {
 
 impl Hook {
     /// Every hook, in the order of their numbers.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 19] = [
         Self::WorkloadIngress,
         Self::WorkloadEgress,
         Self::TunnelIngress,
@@ -55,6 +79,18 @@ impl Hook {
         Self::UplinkIngress,
         Self::UplinkEgress,
         Self::KfreeSkb,
+        Self::IpForward,
+        Self::Ip6Forward,
+        Self::IptunnelXmit,
+        Self::IpTunnelRcv,
+        Self::VxlanXmit,
+        Self::VxlanRcv,
+        Self::IcmpSend,
+        Self::Icmp6Send,
+        Self::NfHookSlow,
+        Self::NfNatSetupInfo,
+        Self::SkbClone,
+        Self::PskbExpandHead,
     ];
 
     /// The hook with this number, if there is one.
@@ -74,7 +110,7 @@ impl Hook {
             Self::WorkloadIngress | Self::WorkloadEgress => Place::Workload,
             Self::TunnelIngress | Self::TunnelEgress => Place::Tunnel,
             Self::UplinkIngress | Self::UplinkEgress => Place::Uplink,
-            Self::KfreeSkb => Place::Stack,
+            _ => Place::Stack,
         }
     }
 
@@ -84,7 +120,14 @@ impl Hook {
         match self {
             Self::WorkloadIngress | Self::TunnelIngress | Self::UplinkIngress => Direction::Ingress,
             Self::WorkloadEgress | Self::TunnelEgress | Self::UplinkEgress => Direction::Egress,
-            Self::KfreeSkb => Direction::None,
+            _ => Direction::None,
         }
+    }
+
+    /// Whether it is a function of the kernel: it shows what happens between two interfaces, and no packet begins or
+    /// ends there.
+    #[must_use]
+    pub const fn is_function(self) -> bool {
+        self as u8 > Self::KfreeSkb as u8
     }
 }

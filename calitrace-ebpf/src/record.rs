@@ -29,6 +29,9 @@ impl Flags {
     pub const DF: u8 = 2;
     /// More fragments follow.
     pub const MF: u8 = 4;
+    /// Made by a function that tells more than the packet: [`Plain::reason`] and [`Tail::location`] hold what the
+    /// table at [`Plain::reason`] says.
+    pub const TOLD: u8 = 8;
     /// Made by a drop: [`Plain::reason`] and [`Tail::location`] are set.
     pub const DROP: u8 = 16;
     /// An ICMP or ICMPv6 error that quotes a packet; see [`Plain`] for where the quoted fields lie.
@@ -130,7 +133,17 @@ pub struct Plain {
     pub tsval: u32,
     /// See the table.
     pub payload: u32,
-    /// `enum skb_drop_reason` of the running kernel, with [`Flags::DROP`].
+    /// `enum skb_drop_reason` of the running kernel, with [`Flags::DROP`]. With [`Flags::TOLD`], beside
+    /// [`Tail::location`]:
+    ///
+    /// | hook | `reason` | `location` |
+    /// | --- | --- | --- |
+    /// | `IcmpSend`, `Icmp6Send` | type << 8 \| code | 0 |
+    /// | `NfHookSlow` | protocol family << 16 \| netfilter hook << 8 \| verdict | input device << 32 \| output device |
+    /// | `NfNatSetupInfo` | what is changed (0 source, 1 destination) << 16 \| new port | 0; the new address is in [`Tail::quoted_dst`] |
+    /// | `SkbClone` | 0 | address of the clone |
+    ///
+    /// A record of a `NfHookSlow` that dropped its packet has no packet (it is freed by then), only the address it had.
     pub reason: u32,
     /// 64-bit digest of the first up to 32 payload bytes; 0 for TCP and ICMP errors, without payload, and where a
     /// drop's payload lies outside the linear part of its buffer.
@@ -159,9 +172,9 @@ pub struct Outer {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Tail {
-    /// Kernel address that called `kfree_skb_reason`, with [`Flags::DROP`].
+    /// Kernel address that called `kfree_skb_reason`, with [`Flags::DROP`]; with [`Flags::TOLD`] see [`Plain::reason`].
     pub location: u64,
-    /// Destination address of the quoted packet, with [`Flags::ICMP_ERROR`].
+    /// Destination address of the quoted packet, with [`Flags::ICMP_ERROR`]; the new address of a `NfNatSetupInfo`.
     pub quoted_dst: [u8; 16],
 }
 

@@ -37,8 +37,20 @@ pub struct Offsets {
     pub net_inum: u32,
     /// 1 if `trace_kfree_skb` has a reason as its third argument (5.17 and later), 0 if not.
     pub kfree_has_reason: u32,
-    /// Explicit padding.
-    pub pad: u32,
+    /// `struct nf_hook_state`.`hook`: a number below 8, in one byte or (before 5.17) four.
+    pub nf_state_hook: u32,
+    /// `struct nf_hook_state`.`pf`
+    pub nf_state_pf: u32,
+    /// `struct nf_hook_state`.`in`
+    pub nf_state_in: u32,
+    /// `struct nf_hook_state`.`out`
+    pub nf_state_out: u32,
+    /// `struct nf_hook_state`.`net`
+    pub nf_state_net: u32,
+    /// `struct nf_conn`.`tuplehash[IP_CT_DIR_REPLY].tuple`
+    pub ct_reply_tuple: u32,
+    /// `struct nf_conn`.`ct_net` (a `possible_net_t`)
+    pub ct_net: u32,
 }
 
 /// An offset that is not known.
@@ -62,13 +74,19 @@ impl Offsets {
         dev_nd_net: OFFSET_UNKNOWN,
         net_inum: OFFSET_UNKNOWN,
         kfree_has_reason: 0,
-        pad: 0,
+        nf_state_hook: OFFSET_UNKNOWN,
+        nf_state_pf: OFFSET_UNKNOWN,
+        nf_state_in: OFFSET_UNKNOWN,
+        nf_state_out: OFFSET_UNKNOWN,
+        nf_state_net: OFFSET_UNKNOWN,
+        ct_reply_tuple: OFFSET_UNKNOWN,
+        ct_net: OFFSET_UNKNOWN,
     };
 }
 
 /// What one attachment's packets came to. One value per slot and CPU; user space sums the CPUs.
 ///
-/// `seen = non_ip + out_of_scope + ring_refused + recorded`, always.
+/// `seen = non_ip + out_of_scope + filtered + ring_refused + recorded`, always.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Counters {
@@ -78,6 +96,8 @@ pub struct Counters {
     pub non_ip: u64,
     /// No innermost address is a pod's, a block's or a service's.
     pub out_of_scope: u64,
+    /// Nothing to tell: netfilter accepted it.
+    pub filtered: u64,
     /// The ring was full.
     pub ring_refused: u64,
     /// Records made.
@@ -98,7 +118,9 @@ pub struct InterfaceKey {
 
 /// The first slots are those of the hooks themselves, by number: there counts what no attachment's slot is known for
 /// (drops in namespaces that are no node's).
-pub const FIRST_SLOT: u32 = 7;
+pub const FIRST_SLOT: u32 = 19;
+/// Where the body of the kprobes is in the program array.
+pub const BODY: u32 = 0;
 /// Number of counter slots: about 4,000 attachments.
 pub const SLOTS: u32 = 4096;
 /// Capacity of each scope table.
@@ -117,6 +139,8 @@ pub mod names {
     pub const SCOPE_V4: &str = "SCOPE_V4";
     /// LPM trie of IPv6 prefixes in scope.
     pub const SCOPE_V6: &str = "SCOPE_V6";
+    /// Program array with the body of the kprobes at [`super::BODY`].
+    pub const BODIES: &str = "BODIES";
     /// Global: [`super::Offsets`].
     pub const OFFSETS: &str = "OFFSETS";
     /// Global: `u64`, inode number of the one namespace these programs are attached in, where BTF does not tell them;
@@ -130,8 +154,8 @@ pub mod names {
 
 const _: () = {
     assert!(FIRST_SLOT as usize == crate::Hook::ALL.len());
-    assert!(size_of::<Offsets>() == 64);
-    assert!(size_of::<Counters>() == 40);
+    assert!(size_of::<Offsets>() == 88);
+    assert!(size_of::<Counters>() == 48);
     assert!(size_of::<InterfaceKey>() == 16);
 };
 

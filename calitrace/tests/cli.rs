@@ -230,6 +230,15 @@ fn help_of_watch() {
               End with exit code 4 where there is no Calico node, instead of waiting for one
 
     Kernel:
+          --hooks <WHICH>
+              What to observe: all, or tc
+
+              all: also functions of the kernel, which show what happens between two interfaces
+              (forwarding, tunnels, ICMP errors, netfilter's verdicts, translations, clones); as many as
+              this kernel lets be probed. tc: interfaces and drops only, which costs the packets less.
+
+              [default: all]
+
           --vxlan-port <PORT>
               UDP port by which VXLAN is recognised
 

@@ -11,6 +11,7 @@ mod counts;
 mod drops;
 mod failures;
 mod flood;
+mod functions;
 mod leftovers;
 mod log;
 mod repair;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         log::TESTS,
         topology::TESTS,
         flood::TESTS,
+        functions::TESTS,
         failures::TESTS,
         leftovers::TESTS,
         repair::TESTS,

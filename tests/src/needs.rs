@@ -16,6 +16,9 @@ const MORE_FOLDERS: [&str; 3] = [
     concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/python/bin"),
 ];
 
+/// How the kernel lets functions be probed by perf events.
+const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
+
 /// What a test takes besides root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
@@ -25,6 +28,8 @@ pub enum Need {
     Encapsulation(Encapsulation),
     /// A kernel with TCX (6.6 and newer).
     Tcx,
+    /// A kernel whose functions can be probed.
+    Kprobes,
 }
 
 /// A test: its name, what it does, and what it needs.
@@ -84,6 +89,9 @@ impl Test {
                     return missing(&format!("no {kind:?} in this kernel"), false);
                 }
                 Need::Tcx if !has_tcx() => return missing("no TCX in this kernel", false),
+                Need::Kprobes if !Path::new(KPROBES).exists() => {
+                    return missing("no kprobes in this kernel", false);
+                }
                 _ => {}
             }
         }

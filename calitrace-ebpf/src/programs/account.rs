@@ -8,7 +8,7 @@ use aya_ebpf::{
     maps::lpm_trie::Key,
 };
 use calitrace_ebpf::{
-    Encapsulated, Flags, Full, Hook, Kind, Plain,
+    Encapsulated, Flags, Full, Kind, Plain,
     shared::{Counters, InterfaceKey},
 };
 
@@ -22,6 +22,7 @@ use super::{
 pub(super) enum Outcome {
     NonIp,
     OutOfScope,
+    Filtered,
     RingRefused,
     Recorded,
 }
@@ -54,14 +55,10 @@ pub(super) fn quote_in_scope(full: &Full) -> bool {
 
 /// Counts one run of a hook's program in the slot of its interface.
 #[inline(always)]
-pub(super) fn count(hook: Hook, netns: u64, ifindex: u32, outcome: Outcome) {
-    let key = InterfaceKey {
-        netns,
-        ifindex,
-        hook: hook as u32,
-    };
+pub(super) fn count(hook: u32, netns: u64, ifindex: u32, outcome: Outcome) {
+    let key = InterfaceKey { netns, ifindex, hook };
     // SAFETY: a slot number, replaced as a whole; a stale one counts in a slot that is still read.
-    let slot = unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook as u32);
+    let slot = unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook);
     let Some(counters) = COUNTERS.get_ptr_mut(slot) else {
         return;
     };
@@ -71,6 +68,7 @@ pub(super) fn count(hook: Hook, netns: u64, ifindex: u32, outcome: Outcome) {
         add(match outcome {
             Outcome::NonIp => &raw mut (*counters).non_ip,
             Outcome::OutOfScope => &raw mut (*counters).out_of_scope,
+            Outcome::Filtered => &raw mut (*counters).filtered,
             Outcome::RingRefused => &raw mut (*counters).ring_refused,
             Outcome::Recorded => &raw mut (*counters).recorded,
         });
@@ -102,7 +100,13 @@ fn read_device(dev: u64) -> Option<(u64, u32)> {
     if !is_kernel_address(dev) {
         return None;
     }
-    let net: u64 = field(dev, known!(dev_nd_net)?)?;
+    let inode = network(field(dev, known!(dev_nd_net)?)?)?;
+    Some((inode, field(dev, known!(dev_ifindex)?)?))
+}
+
+/// The inode number of a `struct net *`, if it is one.
+#[inline(always)]
+pub(super) fn network(net: u64) -> Option<u64> {
     if !is_kernel_address(net) {
         return None;
     }
@@ -111,7 +115,7 @@ fn read_device(dev: u64) -> Option<(u64, u32)> {
     if inode < 0xefff_ff00 {
         return None;
     }
-    Some((u64::from(inode), field(dev, known!(dev_ifindex)?)?))
+    Some(u64::from(inode))
 }
 
 /// The namespace of a TC program's packet.
@@ -129,7 +133,7 @@ pub(super) fn namespace(skb: u64) -> u64 {
 
 /// Puts the record into the ring, in the shortest layout that holds it.
 #[inline(always)]
-pub(super) fn record(full: &mut Full, hook: Hook, skb: u64) -> Outcome {
+pub(super) fn record(full: &mut Full, hook: u32, skb: u64) -> Outcome {
     full.plain.hook = hook as u8;
     full.plain.skb = skb;
     full.plain.head = known!(skb_head)
@@ -140,7 +144,7 @@ pub(super) fn record(full: &mut Full, hook: Hook, skb: u64) -> Outcome {
         full.plain.cpu = bpf_get_smp_processor_id() as u16;
         full.plain.time = bpf_ktime_get_ns();
     }
-    if full.plain.flags & (Flags::DROP | Flags::ICMP_ERROR) != 0 {
+    if full.plain.flags & (Flags::DROP | Flags::ICMP_ERROR | Flags::TOLD) != 0 {
         full.plain.kind = Kind::Full as u8;
         submit::<Full>(full)
     } else if full.outer.kind != 0 {

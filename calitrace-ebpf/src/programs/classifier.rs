@@ -55,9 +55,9 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
         full.plain.ifindex = ifindex;
         full.plain.gso_size = gso_size as u16;
         full.plain.gso_segs = gso_segs as u16;
-        account::record(full, hook, address)
+        account::record(full, u32::from(HOOK), address)
     };
-    account::count(hook, netns, ifindex, outcome);
+    account::count(u32::from(HOOK), netns, ifindex, outcome);
     if outcome == Outcome::Recorded {
         debug!(
             ctx,

@@ -3,7 +3,7 @@
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{HashMap, LpmTrie, PerCpuArray, RingBuf},
+    maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use calitrace_ebpf::{
     Full,
@@ -25,8 +25,95 @@ pub(super) static SCOPE_V4: LpmTrie<[u8; 4], u8> = LpmTrie::with_max_entries(SCO
 #[map]
 pub(super) static SCOPE_V6: LpmTrie<[u8; 16], u8> = LpmTrie::with_max_entries(SCOPE_PREFIXES, 0);
 
+/// The body of the kprobes: see `functions`.
+#[map]
+pub(super) static BODIES: ProgramArray = ProgramArray::with_max_entries(1, 0);
+
+/// What a kprobe hands to the body.
+#[map]
+static CALLS: PerCpuArray<Call> = PerCpuArray::with_max_entries(1, 0);
+
+/// What was noted at the entry of functions whose return is looked at, by the address of their frame.
+#[map]
+pub(super) static FRAMES: LruHashMap<u64, Frame> = LruHashMap::with_max_entries(4096, 0);
+
+/// The address of the last packet whose drop was recorded on this CPU.
+#[map]
+static LAST_DROP: PerCpuArray<u64> = PerCpuArray::with_max_entries(1, 0);
+
+/// A packet that a function has, and what its arguments tell.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Call {
+    pub(super) skb: u64,
+    /// As `Tail::location`.
+    pub(super) location: u64,
+    pub(super) hook: u32,
+    /// Not 0: `reason` and `location` are set.
+    pub(super) told: u32,
+    /// As `Plain::reason`.
+    pub(super) reason: u32,
+    /// Outer IPv4 addresses, in network order.
+    pub(super) outer_src: u32,
+    pub(super) outer_dst: u32,
+    pub(super) vni: u32,
+    /// As `Outer::kind`; 0 without an outer header.
+    pub(super) outer_kind: u8,
+    pub(super) outer_ttl: u8,
+    pub(super) pad: [u8; 6],
+}
+
+impl Call {
+    pub(super) const EMPTY: Self = Self {
+        skb: 0,
+        location: 0,
+        hook: 0,
+        told: 0,
+        reason: 0,
+        outer_src: 0,
+        outer_dst: 0,
+        vni: 0,
+        outer_kind: 0,
+        outer_ttl: 0,
+        pad: [0; 6],
+    };
+}
+
+/// Arguments of a function, until it returns.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Frame {
+    pub(super) skb: u64,
+    /// The second argument.
+    pub(super) second: u64,
+}
+
+/// What a kprobe hands to the body on this CPU.
+#[inline(always)]
+pub(super) fn call() -> Option<*mut Call> {
+    CALLS.get_ptr_mut(0)
+}
+
+/// Notes that the drop of this packet was recorded.
+#[inline(always)]
+pub(super) fn remember_drop(skb: u64) {
+    if let Some(last) = LAST_DROP.get_ptr_mut(0) {
+        // SAFETY: a map value of this CPU.
+        unsafe { last.write(skb) };
+    }
+}
+
+/// Whether this is the packet whose drop was recorded last on this CPU.
+#[inline(always)]
+pub(super) fn was_dropped(skb: u64) -> bool {
+    // SAFETY: a map value of this CPU.
+    LAST_DROP
+        .get_ptr(0)
+        .is_some_and(|last| unsafe { last.read() } == skb)
+}
+
 /// Where records take shape: with the header buffers they would not fit the 512-byte stack. Entry 0 is the TC
-/// programs', which never interrupt each other on one CPU; the others the drop program's, one a nesting level.
+/// programs', which never interrupt each other on one CPU; the others those of drops and functions, one a nesting level.
 #[map]
 static DRAFTS: PerCpuArray<Draft> = PerCpuArray::with_max_entries(1 + LEVELS, 0);
 
@@ -59,7 +146,7 @@ pub(super) fn settled(draft: &mut Draft) -> &mut Draft {
     core::hint::black_box(draft)
 }
 
-/// How deep the drop program is nested on this CPU: before 6.1 a softirq may run it within itself.
+/// How deep the programs for drops and functions are nested on this CPU: a softirq may run them within one another.
 #[map]
 static DEPTH: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
@@ -72,7 +159,7 @@ pub(super) fn draft() -> Option<&'static mut Draft> {
     zeroed(0)
 }
 
-/// Runs `work` with a draft, zeroed, that no run of the drop program which this one interrupted is using.
+/// Runs `work` with a draft, zeroed, that no run of a program which this one interrupted is using.
 #[inline(always)]
 pub(super) fn nested_draft<T>(work: impl FnOnce(&mut Draft) -> T) -> Option<T> {
     let depth = DEPTH.get_ptr_mut(0)?;

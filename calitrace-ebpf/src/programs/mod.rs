@@ -17,8 +17,12 @@
 mod account;
 mod classifier;
 mod drops;
+mod functions;
 mod maps;
+mod nat;
 mod parse;
+mod returns;
+mod tracing;
 mod transport;
 mod view;
 

@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     filter::{End, Filter, PodName, Protocol},
+    kernel::Probes,
     sink::{FileFormat, Format},
 };
 
@@ -123,6 +124,14 @@ struct WatchArgs {
     /// End with exit code 4 where there is no Calico node, instead of waiting for one
     #[arg(long, help_heading = "Where")]
     no_wait: bool,
+    /// What to observe: all, or tc
+    ///
+    /// all: also functions of the kernel, which show what happens between two interfaces (forwarding, tunnels, ICMP
+    /// errors, netfilter's verdicts, translations, clones); as many as this kernel lets be probed. tc: interfaces and
+    /// drops only, which costs the packets less.
+    #[arg(long, value_enum, value_name = "WHICH", default_value_t = Hooks::All, hide_possible_values = true)]
+    #[arg(help_heading = "Kernel")]
+    hooks: Hooks,
     /// UDP port by which VXLAN is recognised
     #[arg(long, value_name = "PORT", default_value_t = 4789, value_parser = port, help_heading = "Kernel")]
     vxlan_port: u16,
@@ -237,6 +246,12 @@ struct NodeArgs {
     interface_prefix: Vec<String>,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Hooks {
+    Tc,
+    All,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Form {
     Text,
@@ -280,6 +295,10 @@ impl From<WatchArgs> for plan::Watch {
             view: view(args.filter, args.output),
             duration: args.duration,
             wait: !args.no_wait,
+            functions: match args.hooks {
+                Hooks::Tc => Probes::Off,
+                Hooks::All => Probes::Cheapest,
+            },
             btf: args.btf,
             tcx: args.tc == Tc::Auto,
             ring_size: args.ring_size,

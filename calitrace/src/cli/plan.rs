@@ -6,6 +6,7 @@ use ipnet::IpNet;
 
 use crate::{
     filter::Filter,
+    kernel::Probes,
     sink::{FileFormat, Format},
 };
 
@@ -42,6 +43,8 @@ pub struct Watch {
     pub duration: Option<Duration>,
     /// Wait for Calico nodes where there are none yet.
     pub wait: bool,
+    /// By what to observe functions of the kernel, beside interfaces and drops.
+    pub functions: Probes,
     /// BTF of the running kernel, instead of `/sys/kernel/btf/vmlinux`.
     pub btf: Option<PathBuf>,
     /// Attach by TCX where the kernel has it; otherwise always by clsact.

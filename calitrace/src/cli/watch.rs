@@ -88,6 +88,7 @@ fn options(plan: &plan::Watch) -> live::Options {
             verbose: log::log_enabled!(log::Level::Debug),
             btf: plan.btf.clone(),
             tcx: plan.tcx,
+            functions: plan.functions,
         },
         discovery: plan.nodes.clone().into(),
         first: plan.view.filter.interface.iter().cloned().collect(),

@@ -4,10 +4,10 @@ use super::{
     Answer, AnswerKind, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
-    verdict,
+    verdict, waypoint,
 };
 use crate::{
-    event::{Direction, Hook},
+    event::{Detail, Direction, Hook},
     kernel::hooks,
 };
 
@@ -50,11 +50,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
             })
             .collect(),
         hops,
-        observations: open
-            .seen
-            .iter()
-            .map(|seen| sighting(seen, first.time, topology))
-            .collect(),
+        observations: sightings(open, topology),
         ttl,
         netns: first.netns,
         cluster: open.cluster,
@@ -83,7 +79,22 @@ fn learn(open: &Open, topology: &mut Topology) {
     }
 }
 
-fn sighting(seen: &Seen, start: u64, topology: &Topology) -> Sighting {
+/// All that was seen of it, in order of time.
+fn sightings(open: &Open, topology: &Topology) -> Vec<Sighting> {
+    let start = open.first().time;
+    let mut all: Vec<(&Seen, Option<&Detail>)> = open.seen.iter().map(|seen| (seen, None)).collect();
+    all.extend(
+        open.waypoints
+            .iter()
+            .map(|waypoint| (&waypoint.seen, waypoint.detail.as_ref())),
+    );
+    all.sort_by_key(|(seen, _)| seen.time);
+    all.into_iter()
+        .map(|(seen, detail)| sighting(seen, detail, start, topology))
+        .collect()
+}
+
+fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topology) -> Sighting {
     Sighting {
         node: topology.name(seen.node).cloned(),
         netns: seen.netns,
@@ -106,6 +117,7 @@ fn sighting(seen: &Seen, start: u64, topology: &Topology) -> Sighting {
             length: (encap.length != 0).then_some(encap.length),
             vni: encap.vni,
         }),
+        detail: detail.map(waypoint::describe),
     }
 }
 
@@ -125,6 +137,7 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
         location: drop.location.clone(),
         node: topology.name(seen.node).cloned(),
         interface: named.or_else(before).cloned(),
+        netfilter: waypoint::netfilter_hook(open),
         policy: None,
     })
 }

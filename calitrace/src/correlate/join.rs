@@ -15,7 +15,7 @@ use super::{
 use crate::event::{Flow, Hook, Netns, Observation};
 
 /// An `sk_buff`'s address says nothing any more after this long without a sighting.
-const LIFE: u64 = 1000 * MILLISECOND;
+pub(super) const LIFE: u64 = 1000 * MILLISECOND;
 /// A drop belongs to a packet that passed its last hook if it comes within this time.
 const LATE_DROP: u64 = 50 * MILLISECOND;
 

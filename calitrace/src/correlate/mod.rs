@@ -22,6 +22,7 @@ mod timers;
 mod topology;
 mod trace;
 mod verdict;
+mod waypoint;
 
 use join::Sight;
 use nat::Translations;
@@ -130,6 +131,9 @@ impl Correlator {
 
     fn observe(&mut self, observation: &Observation, closed: &mut Vec<PacketTrace>) {
         let sight = Sight::new(observation, self.topology.place(observation.netns));
+        if observation.hook.is_function() {
+            return waypoint::take(&sight, &mut self.open, &mut self.translations);
+        }
         let joined = join::find(&sight, &self.open, &self.topology, &self.translations);
         if joined.is_empty() {
             // A drop of a packet that passed no hook: other people's traffic, what never left a pod, or the end of a
@@ -193,6 +197,7 @@ impl Correlator {
             flow: sight.flow,
             current: sight.flow,
             seen: Vec::with_capacity(6),
+            waypoints: Vec::new(),
             translations: Vec::new(),
             reached: Reached::Nothing,
             covered: 0,
@@ -382,6 +387,7 @@ mod tests {
             packet,
             encap: None,
             drop: None,
+            detail: None,
         })
     }
 

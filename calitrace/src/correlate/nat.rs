@@ -4,6 +4,8 @@
 //! Within a node Linux translates the same `sk_buff` between its ingress and egress hooks (`nf_nat_ipv4_manip_pkt`,
 //! `net/netfilter/nf_nat_proto.c`, 6.1): addresses, ports and echo ids change, nothing else of the packet does.
 
+use std::net::IpAddr;
+
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
@@ -19,6 +21,8 @@ pub(super) struct Translations {
     /// What the answers to a translated flow look like before and after.
     recent: FxHashMap<(u32, Flow), Flow>,
     older: FxHashMap<(u32, Flow), Flow>,
+    /// What the kernel said becomes of the packets of a flow on a node: the new destination, the new source.
+    announced: FxHashMap<(Netns, Flow), [Option<IpAddr>; 2]>,
 }
 
 impl Translations {
@@ -39,7 +43,36 @@ impl Translations {
         let service_in =
             destination && (topology.is_service(before.dst) || topology.is_own(node, before.dst));
         let service_out = source && (topology.is_service(after.src) || topology.is_own(node, after.src));
-        service_in || service_out || self.reverse(cluster, before) == Some(after)
+        service_in
+            || service_out
+            || self.reverse(cluster, before) == Some(after)
+            || self.is_announced(node, before, after)
+    }
+
+    /// Conntrack gives a connection a translation (`nf_nat_setup_info`). `flow` is what its packets look like so far.
+    pub(super) fn announce(&mut self, node: Netns, flow: &Flow, destination: bool, address: IpAddr) {
+        if self.announced.len() >= REMEMBERED {
+            self.announced.clear();
+        }
+        let known = self.announced.entry((node, *flow)).or_default();
+        known[usize::from(!destination)] = Some(address);
+    }
+
+    /// Whether that is what becomes of the packets of `before` on `node`. The source is set up with the destination
+    /// translated already.
+    fn is_announced(&self, node: Netns, before: &Flow, after: &Flow) -> bool {
+        let announced = |flow: &Flow| self.announced.get(&(node, *flow)).copied().unwrap_or_default();
+        let [destination, source] = announced(before);
+        let between = Flow {
+            dst: after.dst,
+            dst_port: after.dst_port,
+            ..*before
+        };
+        let [_, later] = announced(&between);
+        let changed = |from: IpAddr, to: IpAddr, said: Option<IpAddr>| from == to || said == Some(to);
+        (destination.is_some() || source.is_some() || later.is_some())
+            && changed(before.dst, after.dst, destination)
+            && changed(before.src, after.src, source.or(later))
     }
 
     fn reverse(&self, cluster: u32, before: &Flow) -> Option<&Flow> {
@@ -140,6 +173,24 @@ mod tests {
             !translations.is_one(&topology, 2, NODE, &answer, &translated),
             "another cluster"
         );
+    }
+
+    #[test]
+    fn what_conntrack_announced_is_evidence_on_its_node_and_for_its_flow() {
+        let topology = Topology::default();
+        let mut translations = Translations::default();
+        let before = flow([10, 244, 0, 1], [172, 16, 0, 10], 80);
+        let after = flow([10, 244, 0, 1], [10, 244, 1, 1], 8080);
+        translations.announce(NODE, &before, true, after.dst);
+        assert!(translations.is_one(&topology, 1, NODE, &before, &after));
+        assert!(!translations.is_one(&topology, 1, NODE + 1, &before, &after));
+        let elsewhere = flow([10, 244, 0, 1], [10, 244, 1, 2], 8080);
+        assert!(!translations.is_one(&topology, 1, NODE, &before, &elsewhere));
+        // The source, too: masquerading.
+        let masqueraded = flow([192, 168, 49, 2], [10, 244, 1, 1], 8080);
+        assert!(!translations.is_one(&topology, 1, NODE, &before, &masqueraded));
+        translations.announce(NODE, &after, false, masqueraded.src);
+        assert!(translations.is_one(&topology, 1, NODE, &before, &masqueraded));
     }
 
     #[test]

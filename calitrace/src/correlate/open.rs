@@ -10,8 +10,9 @@ use super::{
     AnswerKind, Endpoint, NatKind,
     key::{self, Part},
     timers::Hold,
+    waypoint::Waypoint,
 };
-use crate::event::{Direction, Drop, Encap, Flow, Hook, Netns, Packet};
+use crate::event::{Detail, Direction, Drop, Encap, Flow, Hook, Netns, Packet};
 
 /// Names an open trace; of one that was closed and whose place was taken it names nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,6 +94,8 @@ pub(super) struct Open {
     /// The flow as it is now.
     pub(super) current: Flow,
     pub(super) seen: Vec<Seen>,
+    /// What functions of the kernel showed of it.
+    pub(super) waypoints: Vec<Waypoint>,
     pub(super) translations: Vec<Translation>,
     pub(super) reached: Reached,
     /// Bytes of TCP data that reached the destination.
@@ -216,6 +219,11 @@ impl OpenTraces {
         self.get_mut(index).seen.push(seen);
     }
 
+    /// The packet goes on under another address, too.
+    pub(super) fn alias(&mut self, index: u32, node: Netns, skb: u64) {
+        self.skbs.insert((node, skb), index);
+    }
+
     /// The flow of a trace changes.
     pub(super) fn translate(&mut self, index: u32, flow: Flow) {
         self.conceal(index);
@@ -288,8 +296,14 @@ impl OpenTraces {
         let open = slot.open.take().expect("indexes name open traces only");
         slot.generation = slot.generation.wrapping_add(1);
         self.free.push(index);
-        for seen in &open.seen {
-            let skb = (seen.node, seen.skb);
+        let clones = open
+            .waypoints
+            .iter()
+            .filter_map(|waypoint| match waypoint.detail {
+                Some(Detail::Cloned { skb }) => Some((waypoint.seen.node, skb)),
+                _ => None,
+            });
+        for skb in open.seen.iter().map(|seen| (seen.node, seen.skb)).chain(clones) {
             if self.skbs.get(&skb) == Some(&index) {
                 self.skbs.remove(&skb);
             }

@@ -356,6 +356,7 @@ fn walk(sent: &[Sent], tunnel: bool) -> Vec<Walked> {
                     vni: Some(4096),
                 }),
                 drop,
+                detail: None,
             },
             number,
             last: step + 1 == way.len(),

@@ -108,6 +108,7 @@ fn pass(
             packet,
             encap: None,
             drop: None,
+            detail: None,
         };
         seen.push((observation, *unit));
     }

@@ -99,6 +99,8 @@ pub struct DropReport {
     pub node: Option<String>,
     /// The interface it was last seen at, or the one the kernel names.
     pub interface: Option<String>,
+    /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
+    pub netfilter: Option<&'static str>,
     /// The Calico policy, where known.
     pub policy: Option<String>,
 }
@@ -217,6 +219,8 @@ pub struct Sighting {
     pub length: u32,
     /// Outer header, null where the packet is not encapsulated.
     pub encap: Option<SightedEncap>,
+    /// What a function of the kernel told beside the packet, in words; null where it told nothing.
+    pub detail: Option<String>,
 }
 
 /// The outer header of a sighting.

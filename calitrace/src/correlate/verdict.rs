@@ -5,13 +5,14 @@ use super::{
     key::Part,
     open::{Open, Reached},
     topology::{Next, Topology},
+    waypoint,
 };
 use crate::event::{Drop, Hook};
 
 /// The verdict on a trace that closes at `now`; with `ended` because observing ended.
 pub(super) fn of(trace: &Open, topology: &Topology, now: u64, ended: bool) -> Verdict {
     let answer = trace.answered.map(|answered| answered.kind);
-    if answer == Some(AnswerKind::TimeExceeded) || is_expiry(trace) {
+    if answer == Some(AnswerKind::TimeExceeded) || is_expiry(trace) || waypoint::expired(trace) {
         return Verdict::Expired;
     }
     if matches!(answer, Some(AnswerKind::Unreachable | AnswerKind::Reset)) {

@@ -4,7 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use calitrace_ebpf::{Flags, Full, Hook, Kind, Outer, Plain, Tail, TunnelKind};
 
-use super::{Drop, Encap, EncapKind, Observation, Packet, Quoted, QuotedTransport, Transport};
+use super::{
+    Detail, Drop, Encap, EncapKind, NetfilterVerdict, Observation, Packet, Quoted, QuotedTransport, Transport,
+};
 
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
@@ -57,6 +59,16 @@ pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, Decod
     };
     let hook = Hook::from_number(plain.hook).ok_or(DecodeError::Hook(plain.hook))?;
     let v6 = plain.flags & Flags::V6 != 0;
+    let transport = if hook == Hook::NfNatSetupInfo && matches!(plain.proto, ICMP | ICMPV6) {
+        // Conntrack's tuple has the identifier where others have the port of the receiver.
+        Transport::Echo {
+            reply: false,
+            id: plain.dport,
+            seq: 0,
+        }
+    } else {
+        transport(&plain, outer.as_ref(), tail.as_ref(), v6)
+    };
     let drop = tail.filter(|_| plain.flags & Flags::DROP != 0).map(|tail| Drop {
         reason: names.reason(plain.reason),
         location: names.symbol(tail.location),
@@ -80,13 +92,44 @@ pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, Decod
             dont_fragment: plain.flags & Flags::DF != 0,
             more_fragments: plain.flags & Flags::MF != 0,
             fragment_offset: u32::from(plain.frag_off) * 8,
-            transport: transport(&plain, outer.as_ref(), tail.as_ref(), v6),
+            transport,
             digest: plain.digest,
             gso_size: plain.gso_size,
             gso_segs: plain.gso_segs,
         },
         encap: outer.and_then(|outer| encap(&plain, &outer)),
         drop,
+        detail: tail
+            .filter(|_| plain.flags & Flags::TOLD != 0)
+            .and_then(|tail| detail(hook, &plain, &tail)),
+    })
+}
+
+/// What the hook told; see the table at `Plain::reason`.
+fn detail(hook: Hook, plain: &Plain, tail: &Tail) -> Option<Detail> {
+    let [_, second, third, fourth] = plain.reason.to_be_bytes();
+    Some(match hook {
+        Hook::IcmpSend | Hook::Icmp6Send => Detail::Answered {
+            icmp_type: third,
+            code: fourth,
+        },
+        Hook::NfHookSlow => Detail::Judged {
+            verdict: match fourth {
+                0 => NetfilterVerdict::Dropped,
+                _ => NetfilterVerdict::Taken,
+            },
+            family: second,
+            hook: third,
+            input: upper(tail.location),
+            output: lower(tail.location),
+        },
+        Hook::NfNatSetupInfo => Detail::Translated {
+            destination: second != 0,
+            address: address(tail.quoted_dst),
+            port: Some(low(plain.reason)).filter(|port| *port != 0),
+        },
+        Hook::SkbClone => Detail::Cloned { skb: tail.location },
+        _ => return None,
     })
 }
 
@@ -226,6 +269,15 @@ const fn high(word: u32) -> u16 {
 #[expect(clippy::cast_possible_truncation, reason = "takes the lower half")]
 const fn low(word: u32) -> u16 {
     word as u16
+}
+
+const fn upper(word: u64) -> u32 {
+    (word >> 32) as u32
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes the lower half")]
+const fn lower(word: u64) -> u32 {
+    word as u32
 }
 
 /// A record type that any bytes make a valid value of.

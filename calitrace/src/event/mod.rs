@@ -14,8 +14,8 @@ pub use fact::{
 };
 pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
-    Drop, Encap, EncapKind, Flow, Observation, Packet, Quoted, QuotedTransport, Transport, has_ports,
-    protocol_name,
+    Detail, Drop, Encap, EncapKind, Flow, NetfilterVerdict, Observation, Packet, Quoted, QuotedTransport,
+    Transport, has_ports, protocol_name,
 };
 
 pub use calitrace_ebpf::{Direction, Hook, Place};

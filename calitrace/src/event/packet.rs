@@ -34,6 +34,83 @@ pub struct Observation {
     /// Set when the observation is a drop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drop: Option<Drop>,
+    /// What a function of the kernel tells beside the packet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<Detail>,
+}
+
+/// What a function of the kernel tells beside the packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "told", rename_all = "snake_case")]
+pub enum Detail {
+    /// The kernel answers with this ICMP or ICMPv6 error.
+    Answered {
+        /// Type.
+        icmp_type: u8,
+        /// Code.
+        code: u8,
+    },
+    /// Netfilter did not accept it. If it dropped it, the observation has no packet of its own, only the address of
+    /// the one that was dropped.
+    Judged {
+        /// What it did.
+        verdict: NetfilterVerdict,
+        /// Protocol family, `NFPROTO_…` (include/uapi/linux/netfilter.h).
+        family: u8,
+        /// Number of the hook in that family.
+        hook: u8,
+        /// Index of the input interface; 0: none.
+        input: u32,
+        /// Index of the output interface; 0: none.
+        output: u32,
+    },
+    /// Packets of this flow get a translation.
+    Translated {
+        /// The destination is changed, not the source.
+        destination: bool,
+        /// The new address.
+        address: IpAddr,
+        /// The new port; none: as it is.
+        port: Option<u16>,
+    },
+    /// It goes on as a clone with this address.
+    Cloned {
+        /// Address of the clone's `sk_buff`.
+        skb: u64,
+    },
+}
+
+/// What netfilter did with a packet that it did not accept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NetfilterVerdict {
+    /// `NF_DROP`.
+    Dropped,
+    /// `NF_STOLEN` or `NF_QUEUE`: a fragment that waits for the others, IPVS, a queue to user space.
+    Taken,
+}
+
+impl Detail {
+    /// The name of the netfilter hook, as `iptables` and `nft` have it.
+    #[must_use]
+    pub fn netfilter_hook(&self) -> Option<&'static str> {
+        /// `NFPROTO_INET`, `NFPROTO_IPV4`, `NFPROTO_BRIDGE`, `NFPROTO_IPV6`: the same numbers of hooks.
+        const IP: [u8; 4] = [1, 2, 7, 10];
+        const NETDEV: u8 = 5;
+        let Self::Judged { family, hook, .. } = self else {
+            return None;
+        };
+        Some(match (family, hook) {
+            (family, 0) if IP.contains(family) => "PREROUTING",
+            (family, 1) if IP.contains(family) => "INPUT",
+            (family, 2) if IP.contains(family) => "FORWARD",
+            (family, 3) if IP.contains(family) => "OUTPUT",
+            (family, 4) if IP.contains(family) => "POSTROUTING",
+            (&NETDEV, 0) | (1, 5) => "INGRESS",
+            (&NETDEV, 1) => "EGRESS",
+            _ => return None,
+        })
+    }
 }
 
 /// The innermost IP packet.

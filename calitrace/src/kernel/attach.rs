@@ -12,7 +12,7 @@ use aya::programs::{
 use calitrace_ebpf::{Direction, Hook};
 
 use super::{
-    clsact, hooks, leftovers,
+    clsact, functions, hooks, leftovers,
     load::Kernel,
     owner::{Handle, Owner},
     permission::program_io_error,
@@ -75,7 +75,9 @@ impl Kernel {
         self.sweep_once(netns);
         let instance = self.instance(netns.inode())?;
         // Before the first packet: it must not be counted elsewhere.
-        instance.open_slot(netns.inode(), 0, Hook::KfreeSkb)?;
+        for row in hooks::TABLE.iter().filter(|row| row.attach != hooks::Attach::Tc) {
+            instance.open_slot(netns.inode(), 0, row.hook)?;
+        }
         instance.open_slot(netns.inode(), ifindex, hook)?;
         let classifier = instance.classifier(hook)?;
         let target = Target {
@@ -198,6 +200,7 @@ impl Kernel {
                         result = result.and(instance.detach_raw_tracepoint(row.hook));
                     }
                 }
+                result = result.and(functions::detach(instance.ebpf()));
             }
             sys::wait_for_running_programs();
         }

@@ -3,7 +3,7 @@
 //! Pure: bytes in, answers out. Knows nothing of what the answers are used for. The layout is that of
 //! include/uapi/linux/btf.h (Linux 6.18); every kind up to `BTF_KIND_ENUM64` is understood.
 
-use std::fmt;
+use std::{fmt, ops::Range};
 
 /// Why bytes are not BTF that can be read.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ const DEPTH: usize = 32;
 #[derive(Debug)]
 pub struct Btf {
     data: Vec<u8>,
-    strings: std::ops::Range<usize>,
+    strings: Range<usize>,
     /// Where type `index + 1` begins in `data`; type 0 is `void`.
     types: Vec<u32>,
 }
@@ -84,26 +84,7 @@ pub struct Member {
 impl Btf {
     /// Parses raw BTF (`/sys/kernel/btf/vmlinux`).
     pub fn parse(data: Vec<u8>) -> Result<Self, BtfError> {
-        if data.is_empty() {
-            return Err(BtfError::Empty);
-        }
-        let header = |at: usize| word(&data, at).ok_or(BtfError::Truncated("header"));
-        if header(0)?.to_ne_bytes()[..2] != MAGIC.to_ne_bytes() {
-            return Err(BtfError::Magic);
-        }
-        let body = header(4)? as usize;
-        let part = |offset: u32, length: u32, name| {
-            let start = body.saturating_add(offset as usize);
-            let end = start.saturating_add(length as usize);
-            if end <= data.len() {
-                Ok(start..end)
-            } else {
-                Err(BtfError::Truncated(name))
-            }
-        };
-        let types = part(header(8)?, header(12)?, "types")?;
-        let strings = part(header(16)?, header(20)?, "strings")?;
-
+        let (types, strings) = parts(&data)?;
         let mut starts = Vec::new();
         let mut at = types.start;
         while at < types.end {
@@ -120,6 +101,32 @@ impl Btf {
             strings,
             types: starts,
         })
+    }
+
+    /// This and a module's own BTF (`/sys/kernel/btf/MODULE`), whose types and strings continue this one's numbering
+    /// ("split BTF", `btf_parse_module` in kernel/bpf/btf.c, Linux 5.11).
+    pub fn with_module(&self, module: &[u8]) -> Result<Self, BtfError> {
+        let (own, base) = (parts(module)?, parts(&self.data)?);
+        let parts = [
+            &self.data[base.0],
+            &module[own.0],
+            &self.data[base.1],
+            &module[own.1],
+        ];
+        let length = |parts: &[&[u8]]| {
+            u32::try_from(parts.iter().map(|part| part.len()).sum::<usize>())
+                .map_err(|_too_large| BtfError::Truncated("types"))
+        };
+        let (types, strings) = (length(&parts[..2])?, length(&parts[2..])?);
+        let mut data = self.data[..8].to_vec();
+        data[4..8].copy_from_slice(&24_u32.to_ne_bytes());
+        for word in [0, types, types, strings] {
+            data.extend_from_slice(&u32::to_ne_bytes(word));
+        }
+        for part in parts {
+            data.extend_from_slice(part);
+        }
+        Self::parse(data)
     }
 
     /// Offset in bytes of a member of a structure. `path` leads from structure to structure; anonymous ones in
@@ -144,6 +151,12 @@ impl Btf {
             });
         }
         last
+    }
+
+    /// Size in bytes of a structure or union.
+    pub fn size(&self, structure: &str) -> Option<u32> {
+        let found = self.get(self.find(structure, &[KIND_STRUCT, KIND_UNION])?)?;
+        Some(found.refers_to)
     }
 
     /// The constants of an enum, in order, with the values cut to 32 bits.
@@ -245,6 +258,31 @@ impl Btf {
         let end = bytes.iter().position(|&byte| byte == 0)?;
         std::str::from_utf8(&bytes[..end]).ok()
     }
+}
+
+/// Where the types and the strings lie.
+fn parts(data: &[u8]) -> Result<(Range<usize>, Range<usize>), BtfError> {
+    if data.is_empty() {
+        return Err(BtfError::Empty);
+    }
+    let header = |at: usize| word(data, at).ok_or(BtfError::Truncated("header"));
+    if header(0)?.to_ne_bytes()[..2] != MAGIC.to_ne_bytes() {
+        return Err(BtfError::Magic);
+    }
+    let body = header(4)? as usize;
+    let part = |offset: u32, length: u32, name| {
+        let start = body.saturating_add(offset as usize);
+        let end = start.saturating_add(length as usize);
+        if end <= data.len() {
+            Ok(start..end)
+        } else {
+            Err(BtfError::Truncated(name))
+        }
+    };
+    Ok((
+        part(header(8)?, header(12)?, "types")?,
+        part(header(16)?, header(20)?, "strings")?,
+    ))
 }
 
 fn word(data: &[u8], at: usize) -> Option<u32> {
@@ -365,6 +403,25 @@ mod tests {
         assert_eq!(btf.offset("outer", &["absent"]), None);
         assert_eq!(btf.offset("absent", &["first"]), None);
         assert_eq!(btf.offset("loop_t", &["first"]), None);
+    }
+
+    #[test]
+    fn a_module_continues_the_kernel_s_numbering() {
+        let kernel = Btf::parse(sample()).unwrap();
+        let strings = u32::try_from(kernel.strings.len()).unwrap();
+        let mut w = Writer::new();
+        w.strings.clear();
+        let [name, member] = ["connection", "hash"].map(|name| strings + w.name(name));
+        // A structure with a member of the kernel's type 3, `inner`, 8 bytes in.
+        for word in [name, KIND_STRUCT << 24 | 1, 16, member, 3, 64] {
+            w.types.extend_from_slice(&word.to_ne_bytes());
+        }
+        let both = kernel.with_module(&w.finish()).unwrap();
+        assert_eq!(both.len(), 13);
+        assert_eq!(both.size("connection"), Some(16));
+        assert_eq!(both.offset("connection", &["hash", "deep"]), Some(12));
+        assert_eq!(both.offset("outer", &["named"]), Some(8));
+        assert_eq!(kernel.with_module(b"rubbish").unwrap_err(), BtfError::Magic);
     }
 
     #[test]

@@ -10,6 +10,54 @@ pub enum Attach {
     Tc,
     /// Raw tracepoint with this name.
     RawTracepoint(&'static str),
+    /// Function of the kernel.
+    Function(Function),
+}
+
+/// A function of the kernel, and the programs for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its symbol.
+    pub symbol: &'static str,
+    /// The module it is in, where it is not in the kernel itself: without the module no packet gets there either.
+    pub module: Option<&'static str>,
+    /// Program for a trampoline (fentry; fexit where the result matters): cheaper than a kprobe.
+    pub trampoline: Option<&'static str>,
+    /// The result matters: the row's program is a kretprobe.
+    pub result: bool,
+}
+
+/// A function in the kernel itself.
+const fn function(symbol: &'static str) -> Function {
+    Function {
+        symbol,
+        module: None,
+        trampoline: None,
+        result: false,
+    }
+}
+
+/// A function of a module.
+const fn in_module(symbol: &'static str, module: &'static str) -> Function {
+    Function {
+        module: Some(module),
+        ..function(symbol)
+    }
+}
+
+impl Function {
+    /// With a program for a trampoline.
+    const fn or(self, trampoline: &'static str) -> Self {
+        Self {
+            trampoline: Some(trampoline),
+            ..self
+        }
+    }
+
+    /// The result matters.
+    const fn with_result(self) -> Self {
+        Self { result: true, ..self }
+    }
 }
 
 /// A row of the table.
@@ -87,7 +135,116 @@ pub const TABLE: [Row; Hook::ALL.len()] = [
         since: "5.10 (reasons from 5.17)",
         lost: "where and why packets are dropped",
     },
+    Row {
+        hook: Hook::IpForward,
+        name: "ip_forward",
+        program: "calitrace_ip_forward",
+        attach: Attach::Function(function("ip_forward").or("calitrace_ip_forward_entry")),
+        since: "5.10",
+        lost: "the moment at which a node forwards an IPv4 packet",
+    },
+    Row {
+        hook: Hook::Ip6Forward,
+        name: "ip6_forward",
+        program: "calitrace_ip6_forward",
+        attach: Attach::Function(function("ip6_forward")),
+        since: "5.10",
+        lost: "the moment at which a node forwards an IPv6 packet",
+    },
+    Row {
+        hook: Hook::IptunnelXmit,
+        name: "iptunnel_xmit",
+        program: "calitrace_iptunnel_xmit",
+        attach: Attach::Function(function("iptunnel_xmit").or("calitrace_iptunnel_xmit_entry")),
+        since: "5.10",
+        lost: "the outer header at the moment the tunnel makes it (it is seen at the uplink all the same)",
+    },
+    Row {
+        hook: Hook::IpTunnelRcv,
+        name: "ip_tunnel_rcv",
+        program: "calitrace_ip_tunnel_rcv",
+        attach: Attach::Function(in_module("ip_tunnel_rcv", "ip_tunnel")),
+        since: "5.10",
+        lost: "the moment at which tunl0 takes a packet out of its outer header",
+    },
+    Row {
+        hook: Hook::VxlanXmit,
+        name: "vxlan_xmit",
+        program: "calitrace_vxlan_xmit",
+        attach: Attach::Function(in_module("vxlan_xmit", "vxlan")),
+        since: "5.10",
+        lost: "the moment at which vxlan.calico takes a packet to wrap it",
+    },
+    Row {
+        hook: Hook::VxlanRcv,
+        name: "vxlan_rcv",
+        program: "calitrace_vxlan_rcv",
+        attach: Attach::Function(in_module("vxlan_rcv", "vxlan")),
+        since: "5.10",
+        lost: "the moment at which vxlan.calico takes a packet out of its outer headers",
+    },
+    Row {
+        hook: Hook::IcmpSend,
+        name: "icmp_send",
+        program: "calitrace_icmp_send",
+        attach: Attach::Function(function("__icmp_send")),
+        since: "5.10",
+        lost: "that the kernel answered a packet with an ICMP error, where the answer itself is not seen",
+    },
+    Row {
+        hook: Hook::Icmp6Send,
+        name: "icmp6_send",
+        program: "calitrace_icmp6_send",
+        attach: Attach::Function(function("icmp6_send")),
+        since: "5.10",
+        lost: "that the kernel answered a packet with an ICMPv6 error, where the answer itself is not seen",
+    },
+    Row {
+        hook: Hook::NfHookSlow,
+        name: "nf_hook_slow",
+        program: "calitrace_nf_hook_slow_return",
+        attach: Attach::Function(
+            function("nf_hook_slow")
+                .or("calitrace_nf_hook_slow_exit")
+                .with_result(),
+        ),
+        since: "5.10",
+        lost: "which netfilter hook dropped or took a packet, and between which interfaces",
+    },
+    Row {
+        hook: Hook::NfNatSetupInfo,
+        name: "nf_nat_setup_info",
+        program: "calitrace_nf_nat_setup_info",
+        attach: Attach::Function(in_module("nf_nat_setup_info", "nf_nat")),
+        since: "5.10",
+        lost: "translations to and from addresses that are no known service's",
+    },
+    Row {
+        hook: Hook::SkbClone,
+        name: "skb_clone",
+        program: "calitrace_skb_clone_return",
+        attach: Attach::Function(function("skb_clone").or("calitrace_skb_clone_exit").with_result()),
+        since: "5.10",
+        lost: "that a packet goes on as a clone of itself: the clone is taken for another packet",
+    },
+    Row {
+        hook: Hook::PskbExpandHead,
+        name: "pskb_expand_head",
+        program: "calitrace_pskb_expand_head_return",
+        attach: Attach::Function(
+            function("pskb_expand_head")
+                .or("calitrace_pskb_expand_head_exit")
+                .with_result(),
+        ),
+        since: "5.10",
+        lost: "that a packet's bytes were copied to a larger buffer on the way",
+    },
 ];
+
+/// The program that notes the arguments of functions whose result matters, where there are no trampolines.
+pub(super) const ENTER: &str = "calitrace_enter";
+/// The body of the kprobes.
+pub(super) const BODY: &str = "calitrace_function";
 
 /// The row of a hook.
 #[must_use]
@@ -132,11 +289,19 @@ mod tests {
 
     #[test]
     fn felix_would_delete_no_program_of_ours() {
-        for row in TABLE {
+        let trampolines = TABLE.iter().filter_map(|row| match row.attach {
+            Attach::Function(function) => function.trampoline,
+            _ => None,
+        });
+        for program in TABLE
+            .iter()
+            .map(|row| row.program)
+            .chain(trampolines)
+            .chain([ENTER, BODY])
+        {
             assert!(
-                !row.program.contains("calico") && !row.program.starts_with("cali_"),
-                "{}",
-                row.program
+                !program.contains("calico") && !program.starts_with("cali_"),
+                "{program}"
             );
         }
     }

@@ -66,6 +66,11 @@ impl Instance {
         })
     }
 
+    /// The object.
+    pub(super) fn ebpf(&mut self) -> &mut Ebpf {
+        &mut self.ebpf
+    }
+
     /// The ring, once.
     pub(super) fn take_ring(&mut self) -> Result<RingBuf<MapData>> {
         let map = self
@@ -302,6 +307,7 @@ pub(super) fn add(sum: &mut Counters, more: &Counters) {
     sum.seen += more.seen;
     sum.non_ip += more.non_ip;
     sum.out_of_scope += more.out_of_scope;
+    sum.filtered += more.filtered;
     sum.ring_refused += more.ring_refused;
     sum.recorded += more.recorded;
 }

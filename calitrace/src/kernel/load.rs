@@ -11,12 +11,16 @@ use std::{
 };
 
 use anyhow::{Result, bail};
-use calitrace_ebpf::{Hook, shared::Offsets};
+use calitrace_ebpf::{
+    Hook,
+    shared::{OFFSET_UNKNOWN, Offsets},
+};
 use ipnet::IpNet;
 
 use super::{
     attach::Attachments,
     btf::Btf,
+    functions::Functions,
     hooks,
     instance::Instance,
     names::Names,
@@ -26,7 +30,10 @@ use super::{
 use crate::event::{HookStatus, Netns};
 
 /// The kernel's own description of its types.
-const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+pub(super) const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+/// The types of conntrack, where that is a module (from 5.11 on).
+const NF_CONNTRACK: &str = "/sys/kernel/btf/nf_conntrack";
 
 /// How many times programs were loaded in this process.
 static LOADED: AtomicU32 = AtomicU32::new(0);
@@ -44,6 +51,20 @@ pub struct Config {
     pub btf: Option<PathBuf>,
     /// Attach by TCX where the kernel has it; false: always by clsact.
     pub tcx: bool,
+    /// By what to observe functions of the kernel.
+    pub functions: Probes,
+}
+
+/// By what functions of the kernel are observed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Probes {
+    /// Not at all.
+    Off,
+    /// kprobes and kretprobes.
+    Kprobes,
+    /// Trampolines (fentry, fexit) where there are programs for them and the kernel permits them, else kprobes.
+    #[default]
+    Cheapest,
 }
 
 impl Default for Config {
@@ -54,6 +75,7 @@ impl Default for Config {
             verbose: false,
             btf: None,
             tcx: true,
+            functions: Probes::default(),
         }
     }
 }
@@ -70,10 +92,11 @@ pub struct Kernel {
     pub(super) rings: Arc<Rings>,
     /// Which loading in this process it is.
     pub(super) number: u32,
+    pub(super) functions: Functions,
+    pub(super) notes: Vec<String>,
     has_btf: bool,
     ring_taken: bool,
     names: Names,
-    notes: Vec<String>,
 }
 
 impl Kernel {
@@ -115,10 +138,11 @@ impl Kernel {
                 arriving: Mutex::new(Vec::new()),
             }),
             number: LOADED.fetch_add(1, Ordering::Relaxed),
+            functions: Functions::default(),
+            notes,
             has_btf: btf.is_ok(),
             ring_taken: false,
             names,
-            notes,
         };
         if kernel.has_btf {
             kernel.instance(0)?;
@@ -167,6 +191,11 @@ impl Kernel {
             }
         }
         Ok(())
+    }
+
+    /// Whether the programs find namespaces and packets by themselves.
+    pub(super) fn has_btf(&self) -> bool {
+        self.has_btf
     }
 
     /// One line for each thing that this kernel or configuration keeps from being observed.
@@ -218,12 +247,26 @@ impl Kernel {
     }
 }
 
+/// Reads the offsets of conntrack's types, which may be a module's. Without them translations are not told of, and the
+/// rest goes on.
+fn conntrack(btf: &Btf, path: &Path, offsets: &mut Offsets) {
+    offsets::read_conntrack(btf, offsets);
+    if offsets.ct_reply_tuple == OFFSET_UNKNOWN
+        && path == Path::new(VMLINUX)
+        && let Ok(module) = fs::read(NF_CONNTRACK)
+        && let Ok(both) = btf.with_module(&module)
+    {
+        offsets::read_conntrack(&both, offsets);
+    }
+}
+
 /// Reads BTF and the offsets in it; the error is a reason in words.
 fn read_btf(path: &Path) -> Result<(Btf, Offsets), String> {
     let describe = |why: String| format!("{}: {why}", path.display());
     let data = fs::read(path).map_err(|error| describe(error.to_string()))?;
     let btf = Btf::parse(data).map_err(|error| describe(error.to_string()))?;
-    let offsets = offsets::read(&btf);
+    let mut offsets = offsets::read(&btf);
+    conntrack(&btf, path, &mut offsets);
     if !offsets::suffice(&offsets) {
         return Err(describe(
             "it lacks members of sk_buff, net_device or net".to_owned(),

@@ -24,7 +24,29 @@ pub(super) fn read(btf: &Btf) -> Offsets {
         dev_nd_net: of("net_device", &["nd_net"]),
         net_inum: of("net", &["ns", "inum"]),
         kfree_has_reason: u32::from(kfree_has_reason(btf)),
-        pad: 0,
+        nf_state_hook: of("nf_hook_state", &["hook"]),
+        nf_state_pf: of("nf_hook_state", &["pf"]),
+        nf_state_in: of("nf_hook_state", &["in"]),
+        nf_state_out: of("nf_hook_state", &["out"]),
+        nf_state_net: of("nf_hook_state", &["net"]),
+        ct_reply_tuple: OFFSET_UNKNOWN,
+        ct_net: OFFSET_UNKNOWN,
+    }
+}
+
+/// Reads the offsets that conntrack's own types take. They are in the kernel's BTF where conntrack is built in, else in
+/// that of its module.
+pub(super) fn read_conntrack(btf: &Btf, offsets: &mut Offsets) {
+    let tuple = |member: &str| btf.offset("nf_conntrack_tuple_hash", &[member]);
+    // `IP_CT_DIR_REPLY` is the second of the two (include/uapi/linux/netfilter/nf_conntrack_tuple_common.h).
+    if let (Some(hashes), Some(size), Some(tuple), Some(net)) = (
+        btf.offset("nf_conn", &["tuplehash"]),
+        btf.size("nf_conntrack_tuple_hash"),
+        tuple("tuple"),
+        btf.offset("nf_conn", &["ct_net"]),
+    ) {
+        offsets.ct_reply_tuple = hashes + size + tuple;
+        offsets.ct_net = net;
     }
 }
 

@@ -93,7 +93,13 @@ impl Handle {
     }
 }
 
-const _: () = assert!(QDISC_BIT < 31, "handles have 31 bits");
+const _: () = {
+    assert!(QDISC_BIT < 31, "handles have 31 bits");
+    assert!(
+        (calitrace_ebpf::Hook::UplinkEgress as u32) < 1 << HOOK_BITS,
+        "TC hooks have the lowest numbers"
+    );
+};
 
 #[cfg(test)]
 mod tests {

@@ -174,6 +174,7 @@ pub(crate) fn denied(start: u64) -> PacketTrace {
         location: Some("nft_do_chain".into()),
         node: Some("minikube".into()),
         interface: Some("cali8d02ed71817".into()),
+        netfilter: Some("FORWARD"),
         policy: None,
     });
     trace.hops.truncate(1);
@@ -228,5 +229,6 @@ fn sighting(
             length: Some(104),
             vni: None,
         }),
+        detail: None,
     }
 }

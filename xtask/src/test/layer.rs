@@ -44,7 +44,7 @@ impl Layer {
         match (program.kind.as_str(), program.target.as_str()) {
             ("lib" | "bin", _) | ("test", "scenarios") => Some(Self::Unit),
             ("test", "cli") => Some(Self::Cli),
-            ("test", "kernel" | "discovery") => Some(Self::Kernel),
+            ("test", "kernel" | "discovery" | "functions") => Some(Self::Kernel),
             ("test", "lab") => Some(Self::Lab),
             ("test", "e2e") => Some(Self::EndToEnd),
             _ => None,

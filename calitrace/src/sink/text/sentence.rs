@@ -53,21 +53,34 @@ fn dropped(report: Option<&DropReport>) -> String {
         part("by policy", &report.policy),
     ];
     let place = parts.into_iter().flatten().collect::<Vec<_>>().concat();
-    let meaning = report.reason.as_deref().and_then(meaning);
+    let meaning = meaning(report);
     let reason = match (report.reason.as_deref(), &report.location) {
         (Some(reason), Some(location)) => Some(format!("{reason} at {location}")),
         (None, Some(location)) => Some(format!("at {location}")),
         (reason, None) => reason.map(str::to_owned),
     };
-    let why: Vec<String> = meaning.map(str::to_owned).into_iter().chain(reason).collect();
+    let why: Vec<String> = meaning.into_iter().chain(reason).collect();
     let colon = if why.is_empty() { "" } else { ": " };
     format!("✗ dropped{place}{colon}{}", why.join(", "))
 }
 
-/// The reasons one meets on a Calico node, in plain words (include/net/dropreason-core.h, Linux 6.18).
-fn meaning(reason: &str) -> Option<&'static str> {
+/// The reason in plain words. Kernels before 5.17 give none, but netfilter's drops have a function of their own.
+fn meaning(report: &DropReport) -> Option<String> {
+    match (report.reason.as_deref(), report.location.as_deref()) {
+        (Some("NETFILTER_DROP"), _) | (None, Some("nf_hook_slow")) => {
+            let hook = report.netfilter.map(|hook| format!(" {hook}"));
+            Some(format!(
+                "netfilter{} (a policy or firewall rule)",
+                hook.unwrap_or_default()
+            ))
+        }
+        (reason, _) => known(reason?).map(str::to_owned),
+    }
+}
+
+/// The reasons one meets on a Calico node (include/net/dropreason-core.h, Linux 6.18).
+fn known(reason: &str) -> Option<&'static str> {
     Some(match reason {
-        "NETFILTER_DROP" => "netfilter (a policy or firewall rule)",
         "IP_OUTNOROUTES" | "IP_INNOROUTES" => "no route",
         "IP_RPFILTER" => "reverse path filter",
         "PKT_TOO_BIG" => "larger than the MTU",

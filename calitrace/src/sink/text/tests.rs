@@ -99,7 +99,7 @@ fn a_dropped_packet_ends_with_where_and_why() {
     traceroute to 10.244.205.193 (10.244.205.193), 1 hops max, 84 byte packets
      1  10.244.120.64 (10.244.120.64)  0.005 ms
           minikube: cali8d02ed71817
-    ✗ dropped on node minikube at cali8d02ed71817: netfilter (a policy or firewall rule), NETFILTER_DROP at nft_do_chain
+    ✗ dropped on node minikube at cali8d02ed71817: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain
     "#);
 }
 
@@ -239,9 +239,9 @@ fn a_small_terminal_shows_the_troubled_flow_and_counts_the_rest() {
             84 byte packets
      1  10.244.120.64 (10.244.120.64)  0.005 ms
           minikube: cali8d02ed71817
-    ✗ dropped on node minikube at cali8d02ed71817: netfilter (a
-            policy or firewall rule), NETFILTER_DROP at
-            nft_do_chain
+    ✗ dropped on node minikube at cali8d02ed71817: netfilter
+            FORWARD (a policy or firewall rule), NETFILTER_DROP
+            at nft_do_chain
     and 20 more flows
     "#);
 }

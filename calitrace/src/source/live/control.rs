@@ -38,6 +38,8 @@ const THOROUGH: Duration = Duration::from_secs(10);
 /// Changes come in bursts (a pod: link, address, route, neighbour); one look after the burst sees them all.
 const SETTLE: Duration = Duration::from_millis(20);
 
+/// Functions of modules that were not loaded are tried again this often.
+const AGAIN: Duration = Duration::from_secs(5);
 /// How long drops are still observed after the last interface is not.
 const LAST_DROPS: Duration = Duration::from_millis(60);
 
@@ -98,6 +100,8 @@ pub(super) struct Control {
     pub(super) watched: FxHashMap<Site, Watched>,
     /// The namespaces there were when all were last looked at, and when that was.
     looked: (BTreeSet<Netns>, Instant),
+    /// When the functions that are missing were last tried.
+    tried: Instant,
     /// Said once each: a namespace may vanish while it is looked at, a kernel may refuse every interface alike.
     warned: BTreeSet<String>,
 }
@@ -121,6 +125,7 @@ impl Control {
             sites: FxHashMap::default(),
             watched: FxHashMap::default(),
             looked: (BTreeSet::new(), Instant::now()),
+            tried: Instant::now(),
             warned: BTreeSet::new(),
         }
     }
@@ -152,6 +157,7 @@ impl Control {
         self.attach()?;
         // Whose programs stand beside ours.
         self.check();
+        self.attach_functions()?;
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
         while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
@@ -190,6 +196,10 @@ impl Control {
             let unnamed = self.views.iter().filter(|view| view.has_unnamed_pods());
             let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
             self.look_again(&unnamed)?;
+        }
+        if self.tried.elapsed() >= AGAIN {
+            self.tried = Instant::now();
+            self.attach_functions()?;
         }
         self.attach()
     }
@@ -304,6 +314,23 @@ impl Control {
         Ok(())
     }
 
+    /// Attaches functions of the kernel that are not attached yet, and says which there are and which are missing.
+    fn attach_functions(&mut self) -> Result<()> {
+        let said = self.kernel.missing().len();
+        let attached = self
+            .kernel
+            .attach_functions()
+            .context("attach to functions of the kernel")?;
+        for what in &self.kernel.missing()[said..] {
+            log::warn!("{what}");
+        }
+        for hook in attached {
+            let (netns, ifindex) = (0, 0);
+            self.attachment(Site { netns, ifindex, hook }, AttachmentState::Attached);
+        }
+        Ok(())
+    }
+
     fn detach(&mut self, site: Site, state: AttachmentState) {
         if let Err(error) = self.kernel.detach_tc(site.netns, site.ifindex, site.hook) {
             log::debug!("{error:#}");
@@ -356,7 +383,7 @@ impl Control {
             if names.len() == 1 { "" } else { "s" },
             names.join(", "),
             if pods == 1 { "" } else { "s" },
-            self.sites.len() + 1,
+            self.sites.len() + 1 + self.kernel.functions().len(),
         )
     }
 

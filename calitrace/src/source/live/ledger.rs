@@ -79,6 +79,7 @@ impl Books {
             row.seen += count.counters.seen;
             row.non_ip += count.counters.non_ip;
             row.out_of_scope += count.counters.out_of_scope;
+            row.filtered += count.counters.filtered;
             row.ring_refused += count.counters.ring_refused;
             row.recorded += count.counters.recorded;
         }

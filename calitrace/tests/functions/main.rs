@@ -1,0 +1,245 @@
+//! Functions of the kernel as hooks: by trampolines, and by kprobes, with the same outcome. Needs root and kprobes.
+
+#[expect(
+    dead_code,
+    clippy::print_stdout,
+    reason = "shared with the tests of the kernel side, which use all of it"
+)]
+#[path = "../kernel/net.rs"]
+mod net;
+
+use std::{collections::BTreeSet, path::Path, process::ExitCode};
+
+use calitrace::{
+    event::{Detail, Hook, NetfilterVerdict, Observation, Transport},
+    kernel::{Config, Means, Probes},
+};
+use libtest_mimic::{Arguments, Trial};
+use net::{DEVICE, LEFT, Net, RIGHT, Watch};
+
+/// A test; told by what to observe.
+type Test = fn(Probes);
+
+const TESTS: [(&str, Test); 5] = [
+    ("what_can_be_attached_is", attached),
+    ("netfilter_s_drop_is_told_with_its_hook", netfilter),
+    ("an_icmp_error_is_told_with_what_it_answers", icmp),
+    ("a_translation_is_announced", translation),
+    ("a_clone_is_known_by_its_new_address", clone),
+];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads = arguments.test_threads.or(Some(1));
+    let reason = if !nix::unistd::geteuid().is_root() {
+        Some("skipped: needs root")
+    } else if !Path::new("/sys/bus/event_source/devices/kprobe").exists() {
+        Some("skipped: no kprobes in this kernel")
+    } else {
+        None
+    };
+    let both = [("trampolines", Probes::Cheapest), ("kprobes", Probes::Kprobes)];
+    let trials = both.into_iter().flat_map(|(means, probes)| {
+        TESTS.map(|(name, test)| {
+            Trial::test(format!("{means}::{name}"), move || {
+                test(probes);
+                Ok(())
+            })
+            .with_ignored_flag(reason.is_some())
+            .with_kind(reason.unwrap_or_default())
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// What a pod on the left sends to one on the right is recorded, and so is what the functions see of it.
+fn watch(net: &Net, probes: Probes) -> Watch {
+    // Their modules, and so their symbols, come with the first rule.
+    net.right.exec("iptables -t nat -A PREROUTING -d 172.30.0.1 -p udp --dport 7301 -j DNAT --to-destination 10.99.0.2:7302");
+    let mut watch = Watch::new(&Config {
+        functions: probes,
+        ..Config::default()
+    });
+    watch
+        .kernel
+        .set_scope(&["10.99.0.0/24".parse().unwrap()])
+        .unwrap();
+    watch.attach(&net.left, Hook::WorkloadEgress);
+    watch.attach(&net.right, Hook::WorkloadIngress);
+    watch.kernel.attach_global().unwrap();
+    watch.kernel.attach_functions().unwrap();
+    watch
+}
+
+fn port(seen: &Observation) -> Option<u16> {
+    match seen.packet.transport {
+        Transport::Udp { dst_port, .. } => Some(dst_port),
+        _ => None,
+    }
+}
+
+fn attached(probes: Probes) {
+    let net = Net::new();
+    let mut watch = watch(&net, probes);
+    let functions = watch.kernel.functions();
+    let by = |means| -> BTreeSet<Hook> {
+        functions
+            .iter()
+            .filter(|(_, by)| **by == means)
+            .map(|(hook, _)| *hook)
+            .collect()
+    };
+    // In the kernel itself on every Debian kernel; iptunnel_xmit has more arguments than trampolines before 6.6 take.
+    let mut everywhere = vec![
+        Hook::IpForward,
+        Hook::NfHookSlow,
+        Hook::SkbClone,
+        Hook::PskbExpandHead,
+    ];
+    let trampoline = by(Means::Trampoline);
+    let kprobe = by(Means::Kprobe);
+    if probes == Probes::Cheapest {
+        assert!(
+            everywhere.iter().all(|hook| trampoline.contains(hook)),
+            "{functions:?}"
+        );
+    } else {
+        everywhere.push(Hook::IptunnelXmit);
+        assert!(
+            everywhere.iter().all(|hook| kprobe.contains(hook)),
+            "{functions:?}"
+        );
+        assert!(trampoline.is_empty(), "{functions:?}");
+    }
+    for hook in [Hook::IcmpSend, Hook::Icmp6Send, Hook::Ip6Forward] {
+        assert!(kprobe.contains(&hook), "{functions:?}");
+    }
+    for hook in Hook::ALL.into_iter().filter(|hook| hook.is_function()) {
+        let missing = watch.kernel.hooks()[hook as usize].missing.clone();
+        assert_eq!(
+            functions.contains_key(&hook),
+            missing.is_none(),
+            "{hook:?}: {missing:?}"
+        );
+    }
+    watch.finish();
+}
+
+fn netfilter(probes: Probes) {
+    let net = Net::new();
+    net.right.exec("iptables -A INPUT -p udp --dport 7300 -j DROP");
+    let mut watch = watch(&net, probes);
+    let from = net.left.udp(LEFT, 0);
+    from.send_to(b"unwanted", (RIGHT, 7300)).unwrap();
+    let judged = watch.wait(1, |seen| seen.hook == Hook::NfHookSlow);
+    let drops = watch.wait(1, |seen| seen.hook == Hook::KfreeSkb && port(seen) == Some(7300));
+    let [judged, drop] = [&judged[0], &drops[0]];
+    assert_eq!(judged.skb, drop.skb);
+    assert_eq!(judged.netns, net.right.ns.inode());
+    assert!(judged.time >= drop.time, "{judged:?} {drop:?}");
+    let Some(Detail::Judged {
+        verdict,
+        input,
+        output,
+        ..
+    }) = judged.detail
+    else {
+        panic!("{judged:?}");
+    };
+    assert_eq!(verdict, NetfilterVerdict::Dropped);
+    assert_eq!((input, output), (net.right.ifindex, 0));
+    assert_eq!(judged.detail.unwrap().netfilter_hook(), Some("INPUT"));
+    // What is accepted is counted, and not told.
+    let to = net.right.udp(RIGHT, 7303);
+    from.send_to(b"wanted", (RIGHT, 7303)).unwrap();
+    to.recv(&mut [0; 16]).unwrap();
+    let seen = watch.finish();
+    assert!(
+        !seen
+            .iter()
+            .any(|seen| seen.hook == Hook::NfHookSlow && seen.time > judged.time),
+        "{seen:#?}"
+    );
+    let filtered: u64 = watch
+        .kernel
+        .counters()
+        .unwrap()
+        .iter()
+        .filter(|count| count.hook == Hook::NfHookSlow)
+        .map(|count| count.counters.filtered)
+        .sum();
+    assert!(filtered > 0);
+}
+
+fn icmp(probes: Probes) {
+    let net = Net::new();
+    let mut watch = watch(&net, probes);
+    net.left.udp(LEFT, 0).send_to(b"nobody", (RIGHT, 7304)).unwrap();
+    let sent = watch.wait(1, |seen| {
+        seen.hook == Hook::WorkloadEgress && port(seen) == Some(7304)
+    });
+    let answered = watch.wait(1, |seen| seen.hook == Hook::IcmpSend);
+    assert_eq!(
+        answered[0].detail,
+        Some(Detail::Answered {
+            icmp_type: 3,
+            code: 3
+        })
+    );
+    assert_eq!(answered[0].netns, net.right.ns.inode());
+    assert_eq!(answered[0].ifindex, net.right.ifindex);
+    assert_eq!(answered[0].packet, sent[0].packet);
+    watch.finish();
+}
+
+fn translation(probes: Probes) {
+    let net = Net::new();
+    let mut watch = watch(&net, probes);
+    let to = net.right.udp(RIGHT, 7302);
+    net.left
+        .exec(&format!("ip route add 172.30.0.1/32 via {RIGHT} dev {DEVICE}"));
+    let from = net.left.udp(LEFT, 0);
+    from.send_to(b"service", ("172.30.0.1", 7301)).unwrap();
+    to.recv(&mut [0; 16]).unwrap();
+    let announced = watch.wait(1, |seen| seen.hook == Hook::NfNatSetupInfo);
+    assert_eq!(
+        announced[0].detail,
+        Some(Detail::Translated {
+            destination: true,
+            address: RIGHT.into(),
+            port: Some(7302),
+        })
+    );
+    let flow = announced[0].packet.flow();
+    assert_eq!(flow.src_port, from.local_addr().unwrap().port());
+    assert_eq!(
+        (flow.proto, flow.src, flow.dst, flow.dst_port),
+        (17, LEFT.into(), "172.30.0.1".parse().unwrap(), 7301)
+    );
+    assert_eq!(announced[0].netns, net.right.ns.inode());
+    watch.finish();
+}
+
+fn clone(probes: Probes) {
+    let net = Net::new();
+    let mut watch = watch(&net, probes);
+    // A raw socket gets a clone of each packet of its protocol.
+    let _raw = net.right.raw(libc::AF_INET, 253);
+    net.left
+        .raw(libc::AF_INET, 253)
+        .send_to(b"twice", (RIGHT, 0))
+        .unwrap();
+    let arrived = watch.wait(1, |seen| {
+        seen.hook == Hook::WorkloadIngress && seen.packet.proto == 253
+    });
+    // The socket's own sending may have made clones, too.
+    let clones = watch.wait(1, |seen| {
+        seen.hook == Hook::SkbClone && seen.skb == arrived[0].skb
+    });
+    let Some(Detail::Cloned { skb }) = clones[0].detail else {
+        panic!("{clones:?}");
+    };
+    assert_ne!(skb, clones[0].skb);
+    assert_eq!(clones[0].packet, arrived[0].packet);
+    watch.finish();
+}
