@@ -177,9 +177,13 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     }
     if let Some(drop) = &trace.drop {
         let (reason, location) = (name(&drop.reason), name(&drop.location));
+        let netfilter = drop
+            .netfilter
+            .map(|hook| format!(" in netfilter {hook}"))
+            .unwrap_or_default();
         writeln!(
             text,
-            "  dropped {reason} at {location} on {} {}",
+            "  dropped {reason} at {location}{netfilter} on {} {}",
             name(&drop.node),
             name(&drop.interface)
         )?;

@@ -21,5 +21,5 @@ pub use inventory::Inventory;
 pub use lab::netfilter::Policy;
 pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
 pub use namespace::Namespace;
-pub use needs::{Need, Readiness, Test, test};
+pub use needs::{Need, Readiness, Test, has_kprobes, test};
 pub use wait::{patience, wait_until};

@@ -16,9 +16,6 @@ const MORE_FOLDERS: [&str; 3] = [
     concat!(env!("CARGO_MANIFEST_DIR"), "/../target/tools/python/bin"),
 ];
 
-/// How the kernel lets functions be probed by perf events.
-const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
-
 /// What a test takes besides root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
@@ -89,7 +86,7 @@ impl Test {
                     return missing(&format!("no {kind:?} in this kernel"), false);
                 }
                 Need::Tcx if !has_tcx() => return missing("no TCX in this kernel", false),
-                Need::Kprobes if !Path::new(KPROBES).exists() => {
+                Need::Kprobes if !has_kprobes() => {
                     return missing("no kprobes in this kernel", false);
                 }
                 _ => {}
@@ -97,6 +94,11 @@ impl Test {
         }
         Readiness::Ready
     }
+}
+
+/// Whether the kernel lets functions be probed by perf events.
+pub fn has_kprobes() -> bool {
+    Path::new("/sys/bus/event_source/devices/kprobe").exists()
 }
 
 /// The first program of that name, on the path or where Debian and `cargo xtask setup` put programs.

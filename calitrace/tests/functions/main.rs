@@ -8,7 +8,7 @@
 #[path = "../kernel/net.rs"]
 mod net;
 
-use std::{collections::BTreeSet, path::Path, process::ExitCode};
+use std::{cell::RefCell, collections::BTreeSet, path::Path, process::ExitCode};
 
 use calitrace::{
     event::{Detail, Hook, NetfilterVerdict, Observation, Transport},
@@ -232,9 +232,12 @@ fn clone(probes: Probes) {
     let arrived = watch.wait(1, |seen| {
         seen.hook == Hook::WorkloadIngress && seen.packet.proto == 253
     });
-    // The socket's own sending may have made clones, too.
+    // There may be more, as the kernel answers that nobody speaks the protocol: the first is enough.
+    let first = RefCell::new(None);
     let clones = watch.wait(1, |seen| {
-        seen.hook == Hook::SkbClone && seen.skb == arrived[0].skb
+        seen.hook == Hook::SkbClone
+            && seen.skb == arrived[0].skb
+            && *first.borrow_mut().get_or_insert(seen.time) == seen.time
     });
     let Some(Detail::Cloned { skb }) = clones[0].detail else {
         panic!("{clones:?}");
