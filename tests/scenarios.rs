@@ -156,6 +156,7 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         left_ns,
         rtt_ns,
         certainty,
+        reason,
     } in &trace.hops
     {
         let inferred = if *certainty == calitrace::correlate::Certainty::Inferred {
@@ -172,6 +173,9 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             if let Some(time) = time {
                 write!(text, " {what} {time}")?;
             }
+        }
+        if let Some(reason) = reason {
+            write!(text, ": {reason}")?;
         }
         writeln!(text)?;
     }

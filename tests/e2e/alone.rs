@@ -6,12 +6,17 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, only, path},
+    support::{IPIP, WIREGUARD, Watch, goes, only, path},
     test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
     test("one_node_alone_over_vxlan", || alone(Encapsulation::Vxlan)),
+    test("one_node_alone_over_tunl0", || alone(Encapsulation::Ipip)).needs(IPIP),
+    test("one_node_alone_over_wireguard", || {
+        alone(Encapsulation::Wireguard)
+    })
+    .needs(WIREGUARD),
     test("one_node_alone_without_encapsulation", || {
         alone(Encapsulation::None)
     }),
@@ -32,33 +37,35 @@ const SENT: [&str; 3] = ["observed", "inferred", "inferred"];
 const ARRIVED: [&str; 3] = ["inferred", "observed", "observed"];
 
 fn expected(encapsulation: Encapsulation, node: &str, to: &str) -> Expected {
-    let vxlan = encapsulation == Encapsulation::Vxlan;
+    // What the other node's router shows to senders here, and this one's to those there.
+    let beyond = |tunnel, node| match encapsulation {
+        Encapsulation::Vxlan => tunnel,
+        Encapsulation::None => node,
+        // Neither a gateway tells it nor an answer has.
+        Encapsulation::Ipip | Encapsulation::Wireguard => "*",
+    };
+    let here = |tunnel, node| match encapsulation {
+        Encapsulation::None => node,
+        _ => tunnel,
+    };
     match (node, to) {
         ("minikube", POD2) => Expected {
-            path: [
-                "10.244.120.64",
-                if vxlan { "10.244.205.192" } else { "192.168.49.3" },
-                POD2,
-            ],
+            path: ["10.244.120.64", beyond("10.244.205.192", "192.168.49.3"), POD2],
             certainty: SENT,
             verdict: "left",
         },
         ("minikube", _) => Expected {
-            path: ["*", if vxlan { "10.244.120.64" } else { "192.168.49.2" }, POD1],
+            path: ["*", here("10.244.120.64", "192.168.49.2"), POD1],
             certainty: ARRIVED,
             verdict: "delivered",
         },
         (_, POD2) => Expected {
-            path: ["*", if vxlan { "10.244.205.192" } else { "192.168.49.3" }, POD2],
+            path: ["*", here("10.244.205.192", "192.168.49.3"), POD2],
             certainty: ARRIVED,
             verdict: "delivered",
         },
         _ => Expected {
-            path: [
-                "10.244.205.192",
-                if vxlan { "10.244.120.64" } else { "192.168.49.2" },
-                POD1,
-            ],
+            path: ["10.244.205.192", beyond("10.244.120.64", "192.168.49.2"), POD1],
             certainty: SENT,
             verdict: "left",
         },

@@ -3,34 +3,53 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Options, traffic::tcpdump};
+use calitrace_tests::{Encapsulation, Lab, Options, traffic::tcpdump};
 use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, quiet, with},
+    support::{IPIP, WIREGUARD, Watch, goes, quiet, with},
     test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    test(
-        "each_packet_is_one_delivered_trace_without_offloads",
-        without_offloads,
-    ),
-    test("with_offloads_every_byte_is_traced_once", with_offloads),
+    test("each_packet_is_one_delivered_trace_without_offloads", || {
+        without_offloads(Encapsulation::Vxlan)
+    }),
+    test("each_packet_over_tunl0_is_one_delivered_trace", || {
+        without_offloads(Encapsulation::Ipip)
+    })
+    .needs(IPIP),
+    test("with_offloads_every_byte_is_traced_once", || {
+        with_offloads(Encapsulation::Vxlan)
+    }),
+    test("with_offloads_every_byte_over_tunl0_is_traced_once", || {
+        with_offloads(Encapsulation::Ipip)
+    })
+    .needs(IPIP),
+    test("with_offloads_every_byte_over_wireguard_is_traced_once", || {
+        with_offloads(Encapsulation::Wireguard)
+    })
+    .needs(WIREGUARD),
     test("a_service_is_one_trace_with_a_nat_step", service),
 ];
 
 const BODY: usize = 300_000;
 
-fn without_offloads() -> Result<()> {
-    let lab = Lab::up(&quiet())?;
+fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation,
+        ..quiet()
+    })?;
     lab.offloads(false)?;
     let folder = tempfile::tempdir().context("make a folder")?;
     let capture_file = folder.path().join("pod1.pcap");
+    let tunnel_file = folder.path().join("tunnel.pcap");
+    let device = encapsulation.device().context("a tunnel device")?;
     let (one, two) = (lab.pod("pod1")?, lab.pod("pod2")?);
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
     let capture = lab.tcpdump("minikube", &one.interface, &capture_file, "ip")?;
+    let tunnel_capture = lab.tcpdump("minikube", device, &tunnel_file, "ip")?;
 
     let ping = lab.ping("pod1", two.ip(), 20, &[])?;
     let echo = lab.udp_server("pod2", 5353, true)?;
@@ -41,6 +60,7 @@ fn without_offloads() -> Result<()> {
     server.stop()?;
 
     capture.stop()?;
+    tunnel_capture.stop()?;
     let packets = watch.stop()?.packets()?;
     let (a, b) = (one.address.to_string(), two.address.to_string());
     let count = |proto: &str, from: &str, to: &str| {
@@ -70,16 +90,23 @@ fn without_offloads() -> Result<()> {
         count("tcp", &b, &a),
         u64::from(http.segments.segments_in),
     )?;
-    // What a capture at the same interface counts.
+    // What captures at the same interfaces count.
     for proto in ["icmp", "udp", "tcp"] {
         for (from, to) in [(&a, &b), (&b, &a)] {
             let filter = format!("{proto} and src {from} and dst {to}");
-            let captured = tcpdump::read(&capture_file, &filter)?.len() as u64;
-            same(
-                &format!("packets captured by tcpdump ({filter})"),
-                count(proto, from, to),
-                captured,
-            )?;
+            for (interface, file) in [(&*one.interface, &capture_file), (device, &tunnel_file)] {
+                let captured = tcpdump::read(file, &filter)?.len() as u64;
+                let passed = |packet: &&Value| {
+                    let mut seen = packet["observations"].as_array().into_iter().flatten();
+                    goes(packet, proto, from, to)
+                        && seen.any(|seen| seen["node"] == "minikube" && seen["interface"] == interface)
+                };
+                same(
+                    &format!("packets captured by tcpdump at {interface} ({filter})"),
+                    packets.iter().filter(passed).count() as u64,
+                    captured,
+                )?;
+            }
         }
     }
     for packet in &packets {
@@ -96,8 +123,11 @@ fn same(what: &str, traced: u64, truth: u64) -> Result<()> {
 /// Bytes of IPv4 and TCP header of a segment that carries data: 20, and 20 with 12 of timestamps.
 const HEADERS: u64 = 52;
 
-fn with_offloads() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+fn with_offloads(encapsulation: Encapsulation) -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation,
+        ..Options::default()
+    })?;
     lab.offloads(true)?;
     let (one, two) = (lab.pod("pod1")?, lab.pod("pod2")?);
     let folder = tempfile::tempdir().context("make a folder")?;

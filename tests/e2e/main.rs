@@ -18,6 +18,8 @@ mod repair;
 mod scope;
 mod support;
 mod topology;
+mod tunnels;
+mod underlay;
 
 use std::process::ExitCode;
 
@@ -36,6 +38,8 @@ fn main() -> ExitCode {
         drops::TESTS,
         log::TESTS,
         topology::TESTS,
+        tunnels::TESTS,
+        underlay::TESTS,
         flood::TESTS,
         functions::TESTS,
         failures::TESTS,

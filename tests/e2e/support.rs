@@ -10,12 +10,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use calitrace_tests::{Lab, Options, patience};
+use calitrace_tests::{Encapsulation, Lab, Need, Options, patience};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use serde_json::Value;
+
+/// What a test with real `tunl0` needs.
+pub(crate) const IPIP: &[Need] = &[Need::Encapsulation(Encapsulation::Ipip)];
+/// What a test with real `wireguard.cali` needs.
+pub(crate) const WIREGUARD: &[Need] = &[Need::Encapsulation(Encapsulation::Wireguard), Need::Program("wg")];
 
 /// What `watch` says on standard error once every hook is attached.
 const READY: &str = "observing ";

@@ -105,14 +105,15 @@ impl Anatomy {
             .into_iter()
             .filter_map(|entry| self.event_route(snapshot, entry))
             .collect();
-        // WireGuard's routes name no peer; the main table's route for the same block does.
+        // WireGuard's routes name no peer; where the device's peers are not known, the main table's route for the same block
+        // does.
         let named: Vec<(IpNet, IpAddr)> = routes
             .iter()
             .filter_map(|route| Some((route.prefix, route.remote_node?)))
             .collect();
         for route in routes
             .iter_mut()
-            .filter(|route| route.encap == Some(EncapKind::Wireguard))
+            .filter(|route| route.encap == Some(EncapKind::Wireguard) && route.remote_node.is_none())
         {
             route.remote_node = named
                 .iter()
@@ -133,7 +134,8 @@ impl Anatomy {
         };
         let encap = entry.oif.and_then(|oif| encap_of(snapshot.link(oif)?));
         let remote_node = match (encap, entry.gateway) {
-            (_, None) | (Some(EncapKind::Wireguard), _) => None,
+            (Some(EncapKind::Wireguard), _) => behind_wireguard(snapshot, entry),
+            (_, None) => None,
             (Some(EncapKind::Vxlan), Some(gateway)) => behind_vxlan(snapshot, entry.oif, gateway),
             (Some(EncapKind::Ipip), gateway) => gateway,
             (None, gateway) => gateway.filter(|_| is_remote_block(entry, &self.tunnels)),
@@ -264,6 +266,17 @@ fn behind_vxlan(snapshot: &Snapshot, device: Option<u32>, gateway: IpAddr) -> Op
         .iter()
         .find(|entry| entry.ifindex == device && entry.mac == neighbour.mac)?;
     Some(forward.destination)
+}
+
+/// `WireGuard`: the peer that may have the route's addresses, and where it is.
+fn behind_wireguard(snapshot: &Snapshot, entry: &Entry) -> Option<IpAddr> {
+    let may_have = |allowed: &IpNet| allowed.contains(&entry.destination);
+    let peers = snapshot
+        .peers
+        .iter()
+        .filter(|peer| Some(peer.ifindex) == entry.oif);
+    let mut peers = peers.filter(|peer| peer.allowed.iter().any(may_have));
+    peers.next()?.endpoint
 }
 
 pub(super) fn sorted<T: Ord>(mut values: Vec<T>) -> Vec<T> {

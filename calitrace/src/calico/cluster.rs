@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
+use ipnet::IpNet;
 
 use super::view::NodeView;
 use crate::{
@@ -44,6 +45,10 @@ struct Description {
     addresses: Vec<IpAddr>,
     /// Tunnel and route gateways, and nodes behind them.
     gateways: Vec<IpAddr>,
+    /// Its IPAM blocks.
+    local_blocks: Vec<IpNet>,
+    /// Blocks of others that are reached without encapsulation, and the gateways.
+    routed: Vec<(IpNet, IpAddr)>,
     /// The links that its uplinks are on.
     segments: BTreeSet<usize>,
 }
@@ -61,6 +66,10 @@ impl Description {
             .routes
             .iter()
             .filter(|route| route.remote_node.is_some() || route.encap.is_some());
+        let plain = view
+            .routes
+            .iter()
+            .filter(|route| route.encap.is_none() && view.remote_blocks.contains(&route.prefix));
         Self {
             netns: view.netns(),
             addresses: view.node.addresses.clone(),
@@ -68,24 +77,32 @@ impl Description {
                 .flat_map(|route| [route.gateway, route.remote_node])
                 .flatten()
                 .collect(),
+            local_blocks: view.local_blocks.clone(),
+            routed: plain
+                .filter_map(|route| Some((route.prefix, route.gateway?)))
+                .collect(),
             segments: on,
         }
     }
 
-    fn leads_to(&self, other: &Self) -> bool {
-        self.gateways
-            .iter()
-            .any(|gateway| other.addresses.contains(gateway))
+    /// Without encapsulation the gateway may be a router, which is no node: then the block tells.
+    fn leads_to(&self, other: &Self, addresses: &BTreeSet<IpAddr>) -> bool {
+        let mut gateways = self.gateways.iter();
+        let mut routed = self.routed.iter();
+        gateways.any(|gateway| other.addresses.contains(gateway))
+            || routed
+                .any(|(block, gateway)| !addresses.contains(gateway) && other.local_blocks.contains(block))
     }
 }
 
 /// The cluster number of each node.
 fn clusters(nodes: &[Description]) -> Vec<u32> {
+    let addresses: BTreeSet<IpAddr> = nodes.iter().flat_map(|node| &node.addresses).copied().collect();
     let mut groups = Groups::default();
     for (one, node) in nodes.iter().enumerate() {
         groups.find(one);
         for (other, peer) in nodes.iter().enumerate().skip(one + 1) {
-            let related = node.leads_to(peer) || peer.leads_to(node);
+            let related = node.leads_to(peer, &addresses) || peer.leads_to(node, &addresses);
             if related && !node.segments.is_disjoint(&peer.segments) {
                 groups.join(one, other);
             }
@@ -101,7 +118,7 @@ fn clusters(nodes: &[Description]) -> Vec<u32> {
         .collect()
 }
 
-/// Devices that hear each other's frames.
+/// Devices that hear each other's frames, or that a router connects.
 #[derive(Debug, Default)]
 struct Segments {
     numbers: HashMap<Device, usize>,
@@ -111,7 +128,7 @@ impl Segments {
     /// Follows the links from the nodes' uplinks: from a veth to its peer, from a port to its bridge, from a macvlan, ipvlan
     /// or VLAN to the device below, through all namespaces that they lead to.
     fn explore(nodes: &[NodeView], all: &[Handle]) -> Result<Self> {
-        let mut known: HashMap<Netns, (Vec<Link>, PeerNamespaces)> = HashMap::new();
+        let mut known: HashMap<Netns, Known> = HashMap::new();
         let mut waiting: Vec<Handle> = nodes.iter().map(|node| node.handle.clone()).collect();
         while let Some(handle) = waiting.pop() {
             if known.contains_key(&handle.inode()) {
@@ -138,18 +155,25 @@ impl Segments {
                     .filter(|other| inodes.contains(&other.inode()))
                     .cloned(),
             );
-            known.insert(handle.inode(), (links, peers));
+            // A router between the nodes has one way to an address, so what it connects is one network. A node is none:
+            // it forwards for its pods.
+            let router = view.is_none() && forwards(&handle);
+            known.insert(handle.inode(), Known { links, peers, router });
         }
         Ok(Self::join(&known))
     }
 
-    fn join(known: &HashMap<Netns, (Vec<Link>, PeerNamespaces)>) -> Self {
+    fn join(known: &HashMap<Netns, Known>) -> Self {
         let mut segments = Self::default();
         let mut groups = Groups::default();
-        for (&netns, (links, peers)) in known {
+        for (&netns, Known { links, peers, router }) in known {
+            let mut first = None;
             for link in links {
                 let own = segments.index((netns, link.ifindex, None));
                 groups.find(own);
+                if *router && !link.loopback() {
+                    groups.join(own, *first.get_or_insert(own));
+                }
                 if let Some(other) = below(netns, link, peers) {
                     groups.join(own, segments.index(other));
                 }
@@ -173,6 +197,21 @@ impl Segments {
     fn of(&self, device: Device) -> Option<usize> {
         self.numbers.get(&device).copied()
     }
+}
+
+/// What is known of a namespace that the nodes' uplinks lead to.
+#[derive(Debug)]
+struct Known {
+    links: Vec<Link>,
+    peers: PeerNamespaces,
+    /// It is no node and forwards.
+    router: bool,
+}
+
+/// Whether a namespace forwards IPv4 packets.
+fn forwards(handle: &Handle) -> bool {
+    let read = handle.run(|| Ok(std::fs::read("/proc/sys/net/ipv4/ip_forward")?));
+    read.is_ok_and(|setting| setting.starts_with(b"1"))
 }
 
 /// The device at the other end of, or under, a device.
@@ -224,7 +263,27 @@ mod tests {
             addresses: vec![address.parse().unwrap()],
             gateways: gateways.iter().map(|gateway| gateway.parse().unwrap()).collect(),
             segments: segments.iter().copied().collect(),
+            ..Description::default()
         }
+    }
+
+    #[test]
+    fn a_block_behind_a_router_makes_a_cluster() {
+        let routed = |netns, address, block: &str, other: &str, gateway: &str| Description {
+            local_blocks: vec![block.parse().unwrap()],
+            routed: vec![(other.parse().unwrap(), gateway.parse().unwrap())],
+            ..node(netns, address, &[gateway], &[1])
+        };
+        let (one, two) = ("10.244.120.64/26", "10.244.205.192/26");
+        let nodes = [
+            routed(1, "192.168.49.2", one, two, "192.168.49.1"),
+            routed(2, "192.168.50.3", two, one, "192.168.50.1"),
+            // Another cluster with the same blocks: its gateways are its nodes.
+            routed(3, "192.168.51.2", one, two, "192.168.51.3"),
+            routed(4, "192.168.51.3", two, one, "192.168.51.2"),
+        ];
+        assert_eq!(clusters(&nodes[..2]), [1, 1]);
+        assert_eq!(clusters(&nodes[2..]), [3, 3]);
     }
 
     #[test]
@@ -278,33 +337,21 @@ mod tests {
             vlan: Some(vid),
             ..link(index, "vlan", Some((9, None)))
         };
-        let known = HashMap::from([
-            (
-                1,
-                (
-                    vec![link(2, "veth", Some((5, Some(0))))],
-                    HashMap::from([(0, 100)]),
-                ),
-            ),
-            (
-                2,
-                (
-                    vec![link(2, "veth", Some((6, Some(0))))],
-                    HashMap::from([(0, 100)]),
-                ),
-            ),
-            (
-                3,
-                (
-                    vec![link(2, "macvlan", Some((9, Some(0))))],
-                    HashMap::from([(0, 100)]),
-                ),
-            ),
+        let end = |links: Vec<Link>, peers: &[(i32, Netns)]| Known {
+            links,
+            peers: peers.iter().copied().collect(),
+            router: false,
+        };
+        let veth = |peer, id| link(2, "veth", Some((peer, Some(id))));
+        let mut known = HashMap::from([
+            (1, end(vec![veth(5, 0)], &[(0, 100)])),
+            (2, end(vec![veth(6, 0)], &[(0, 100)])),
+            (3, end(vec![link(2, "macvlan", Some((9, Some(0))))], &[(0, 100)])),
             // Its number leads to a namespace that nobody knows.
-            (4, (vec![link(2, "veth", Some((6, Some(7))))], HashMap::new())),
+            (4, end(vec![veth(6, 7)], &[])),
             (
                 100,
-                (
+                end(
                     vec![
                         bridged(5, 2, 1),
                         bridged(6, 2, 2),
@@ -312,9 +359,10 @@ mod tests {
                         vlan(10, 7),
                         vlan(11, 8),
                     ],
-                    HashMap::from([(1, 1), (2, 2)]),
+                    &[(1, 1), (2, 2)],
                 ),
             ),
+            (101, end(vec![veth(12, 0), link(3, "veth", None)], &[(0, 100)])),
         ]);
         let segments = Segments::join(&known);
         let of = |netns, ifindex| segments.of((netns, ifindex, None)).unwrap();
@@ -323,5 +371,11 @@ mod tests {
         assert_ne!(of(1, 2), of(4, 2));
         assert_ne!(of(100, 10), of(100, 11), "two VLANs of one device are two links");
         assert_ne!(of(100, 10), of(100, 9));
+        assert_ne!(of(101, 2), of(101, 3));
+        known.get_mut(&101).unwrap().router = true;
+        let segments = Segments::join(&known);
+        let of = |netns, ifindex| segments.of((netns, ifindex, None)).unwrap();
+        assert_eq!(of(101, 2), of(101, 3), "a router between");
+        assert_ne!(of(101, 2), of(1, 2));
     }
 }

@@ -4,9 +4,10 @@
 use super::{
     AnswerKind, key,
     key::Part,
-    open::{Open, OpenTraces},
+    open::{Open, OpenTraces, Seen},
+    topology::Place,
 };
-use crate::event::{Flow, Packet, Transport};
+use crate::event::{Flow, Hook, Packet, Transport};
 
 const FIN: u8 = 1;
 const SYN: u8 = 2;
@@ -71,6 +72,31 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
         }
         _ => None,
     }
+}
+
+/// The packet that left a node in a tunnel and whose outer header `packet` quotes, if it is open.
+pub(super) fn of_tunnelled(open: &OpenTraces, place: Place, packet: &Packet) -> Option<Match> {
+    let Transport::IcmpError { ref quoted, .. } = packet.transport else {
+        return None;
+    };
+    let (kind, icmp_type, code) = of_icmp(packet)?;
+    let outer = quoted.encap.as_deref()?;
+    let (flow, tag) = key::of_quoted(quoted);
+    let left = |trace: &Open| {
+        let is_end = |seen: &Seen| {
+            let carried = seen
+                .encap
+                .is_some_and(|encap| (encap.src, encap.dst) == (outer.src, outer.dst));
+            seen.node == place.node && seen.hook == Hook::UplinkEgress && carried
+        };
+        let whole = trace.packet.gso_segs > 1 || trace.packet.length == quoted.length;
+        trace.part.tag() == tag && whole && trace.swallowed.is_none() && trace.seen.iter().any(is_end)
+    };
+    Some(Match {
+        index: first(open, place.cluster, &flow, tag, left)?,
+        kind,
+        icmp: Some((icmp_type, code)),
+    })
 }
 
 /// What an ICMP error says about the packet it quotes, with type and code. Redirects and reassembly time-outs are not

@@ -4,7 +4,7 @@ use super::{
     Answer, AnswerKind, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
-    verdict, waypoint,
+    underlay, verdict, waypoint,
 };
 use crate::{
     event::{Detail, Direction, Hook},
@@ -17,6 +17,7 @@ const VERSION: u32 = 1;
 /// The trace as it is given out.
 pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool) -> PacketTrace {
     learn(open, topology);
+    underlay::learn(open, topology);
     let verdict = verdict::of(open, topology, now, ended);
     let (hops, ttl) = hops::of(open, topology, verdict);
     let first = open.first();

@@ -11,8 +11,12 @@ use super::{
     AnswerKind, Certainty, Hop, NatKind, Verdict, answer,
     open::{Open, Reached, Seen, Translation},
     topology::Topology,
+    underlay,
 };
 use crate::event::{EncapKind, Hook, Netns};
+
+/// The highest TTL that traceroute sends with, unless told otherwise.
+const TRACEROUTE_TTL: u8 = 30;
 
 /// Routers and receiver of a trace, and the TTL at its sender.
 pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Hop>, u8) {
@@ -20,7 +24,9 @@ pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Ho
     for (index, seen) in trace.seen.iter().enumerate() {
         way.pass(index, seen);
     }
-    if !way.answered_on_the_way() {
+    if let Some(end) = underlay::end(trace, topology) {
+        way.end_between_nodes(end);
+    } else if !way.answered_on_the_way() {
         match trace.reached {
             Reached::Pod | Reached::Node => way.receive(verdict),
             Reached::Outside => way.go_on(verdict),
@@ -39,6 +45,8 @@ struct Way<'a> {
     hops: Vec<Hop>,
     /// It leads out of the cluster: how many routers follow the last is not known.
     open_ended: bool,
+    /// The node that it left last, and which hop that is.
+    left: Option<(Netns, u8)>,
 }
 
 impl<'a> Way<'a> {
@@ -51,6 +59,7 @@ impl<'a> Way<'a> {
             ttl: first.ttl,
             hops: Vec::new(),
             open_ended: false,
+            left: None,
         };
         let source = trace.flow.src;
         if way.is_sender(first, source) {
@@ -93,8 +102,9 @@ impl<'a> Way<'a> {
             return None;
         }
         let beyond = topology.beyond(first.node, source)?;
-        let gateway = beyond.gateway?;
         let remote = beyond.remote_node?;
+        // WireGuard finds its peer by the address, without a gateway.
+        let gateway = beyond.gateway.or(beyond.encap.and(Some(remote)))?;
         if source == gateway || topology.shown(first.node, remote) == Some(source) {
             return None;
         }
@@ -122,6 +132,7 @@ impl<'a> Way<'a> {
                 left_ns: None,
                 rtt_ns: None,
                 certainty: Certainty::Inferred,
+                reason: None,
             });
         }
         &mut self.hops[usize::from(number) - 1]
@@ -146,13 +157,32 @@ impl<'a> Way<'a> {
                 let node = self.topology.name(seen.node).cloned();
                 let hop = self.observed(lowered, address, node);
                 hop.left_ns = Some(hop.left_ns.map_or(elapsed, |left| left.min(elapsed)));
+                self.left = Some((seen.node, lowered));
             }
         } else if seen.is_ingress() && !self.is_receiver(seen) {
             let address = self.address(index, seen);
             let node = self.topology.name(seen.node).cloned();
+            self.cross_routers(seen, lowered);
             let hop = self.observed(lowered.saturating_add(1), address, node);
             hop.arrived_ns = Some(hop.arrived_ns.map_or(elapsed, |arrived| arrived.min(elapsed)));
         }
+    }
+
+    /// Between two nodes the TTL was lowered, so there are routers that are no nodes. The first of them is the former
+    /// node's gateway.
+    fn cross_routers(&mut self, seen: &Seen, lowered: u8) {
+        let Some((node, number)) = self
+            .left
+            .filter(|(node, number)| *node != seen.node && lowered > *number)
+        else {
+            return;
+        };
+        let beyond = self.topology.beyond(node, self.trace.current.dst);
+        let gateway = beyond
+            .filter(|beyond| beyond.encap.is_none())
+            .and_then(|beyond| beyond.gateway);
+        let hop = self.hop(number + 1);
+        hop.address = hop.address.or(gateway);
     }
 
     fn observed(&mut self, number: u8, address: Option<IpAddr>, node: Option<String>) -> &mut Hop {
@@ -235,7 +265,7 @@ impl<'a> Way<'a> {
         let Some(beyond) = self.topology.beyond(last.node, destination) else {
             return;
         };
-        let Some(gateway) = beyond.gateway else {
+        let Some(gateway) = beyond.gateway.or(beyond.encap.and(beyond.remote_node)) else {
             return self.receiver_inferred(None);
         };
         let Some(remote) = beyond.remote_node.or_else(|| beyond.encap.and(Some(gateway))) else {
@@ -253,6 +283,21 @@ impl<'a> Way<'a> {
         }
         if verdict != Verdict::Expired {
             self.receiver_inferred(Some(node));
+        }
+    }
+
+    /// It got no further than the routers between two nodes, and nobody told the sender.
+    fn end_between_nodes(&mut self, end: underlay::End) {
+        // The TTL counts the routers, but for one that went in circles.
+        let number = if end.verdict == Verdict::Expired && self.ttl <= TRACEROUTE_TTL {
+            self.ttl.max(1)
+        } else {
+            self.next()
+        };
+        let hop = self.hop(number);
+        hop.reason = Some(end.reason);
+        if end.told {
+            hop.certainty = Certainty::Observed;
         }
     }
 

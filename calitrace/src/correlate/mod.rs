@@ -21,6 +21,7 @@ mod streams;
 mod timers;
 mod topology;
 mod trace;
+mod underlay;
 mod verdict;
 mod waypoint;
 
@@ -35,7 +36,7 @@ pub use trace::{
     SightedEncap, Sighting, Verdict,
 };
 
-use crate::event::{Hook, Item, Observation};
+use crate::event::{Hook, Item, Observation, Transport};
 
 /// Settings of a [`Correlator`].
 #[derive(Clone, Debug)]
@@ -134,6 +135,10 @@ impl Correlator {
         if observation.hook.is_function() {
             return waypoint::take(&sight, &mut self.open, &mut self.translations);
         }
+        if is_about_tunnel(observation) {
+            self.swallowed(&sight);
+            return;
+        }
         let joined = join::find(&sight, &self.open, &self.topology, &self.translations);
         if joined.is_empty() {
             // A drop of a packet that passed no hook: other people's traffic, what never left a pod, or the end of a
@@ -174,6 +179,21 @@ impl Correlator {
         }
     }
 
+    /// A router between the nodes says what became of a packet in a tunnel: no packet of a pod's, and it reaches none.
+    fn swallowed(&mut self, sight: &Sight<'_>) {
+        let observation = sight.observation;
+        let Some(found) = answer::of_tunnelled(&self.open, sight.place, &observation.packet) else {
+            return;
+        };
+        self.open.get_mut(found.index).swallowed = Some(Box::new(underlay::Swallowed {
+            router: observation.packet.src,
+            kind: found.kind,
+            icmp: found.icmp.unwrap_or_default(),
+        }));
+        self.open.conceal(found.index);
+        self.hold(found.index, Hold::Ended, observation.time);
+    }
+
     fn make_room(&mut self, closed: &mut Vec<PacketTrace>) {
         while self.open.len() >= MAX_OPEN {
             let Some(id) = self.timers.oldest() else { return };
@@ -203,6 +223,7 @@ impl Correlator {
             covered: 0,
             drop: None,
             answered: None,
+            swallowed: None,
             answers: answers.map(|found| self.open.id(found.index)),
             findable: false,
             close_at: u64::MAX,
@@ -294,6 +315,13 @@ impl Correlator {
             {
                 Reached::Outside
             }
+            // Encrypted, it is not seen at the uplink.
+            Hook::TunnelEgress
+                if topology.is_encrypted(node, last.ifindex)
+                    && topology.next(node, None, destination) == Next::Unobserved =>
+            {
+                Reached::Outside
+            }
             Hook::WorkloadIngress | Hook::TunnelIngress | Hook::UplinkIngress
                 if last.encap.is_none() && topology.is_own(node, destination) =>
             {
@@ -350,10 +378,15 @@ impl Correlator {
     }
 }
 
+/// Whether it is an ICMP error about the outer header of a packet.
+fn is_about_tunnel(observation: &Observation) -> bool {
+    matches!(&observation.packet.transport, Transport::IcmpError { quoted, .. } if quoted.encap.is_some())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::{Packet, Transport};
+    use crate::event::Packet;
 
     fn sent(number: u32) -> Item {
         let packet = Packet {

@@ -10,6 +10,7 @@ use super::{
     AnswerKind, Endpoint, NatKind,
     key::{self, Part},
     timers::Hold,
+    underlay::Swallowed,
     waypoint::Waypoint,
 };
 use crate::event::{Detail, Direction, Drop, Encap, Flow, Hook, Netns, Packet};
@@ -103,6 +104,8 @@ pub(super) struct Open {
     /// The drop, and the sighting that was it.
     pub(super) drop: Option<Box<(Drop, usize)>>,
     pub(super) answered: Option<Answered>,
+    /// What was said of its outer header, and not to its sender.
+    pub(super) swallowed: Option<Box<Swallowed>>,
     /// The trace that this packet answers.
     pub(super) answers: Option<Id>,
     /// Packets to come may be this one: it is in the index by content.

@@ -90,6 +90,7 @@ pub(super) struct Topology {
     node_addresses: FxHashMap<IpAddr, SmallVec<[Netns; 1]>>,
     hop_addresses: FxHashMap<(Netns, IpAddr), History>,
     learned: FxHashMap<(Netns, IpAddr), IpAddr>,
+    routers: FxHashMap<(Netns, Netns), u8>,
     services: Vec<IpNet>,
     clock: Option<Clock>,
     /// What was observed and what was lost.
@@ -351,6 +352,12 @@ impl Topology {
         let to = match encap {
             Some(encap) => Some(encap.dst),
             None => match self.beyond(node, address) {
+                // The gateway may be a router that is no node; then whose the address is tells.
+                Some(Beyond {
+                    encap: None,
+                    remote_node: Some(remote),
+                    ..
+                }) if self.node_of(cluster, remote).is_none() => return self.home(cluster, node, address),
                 Some(Beyond {
                     remote_node: Some(remote),
                     ..
@@ -369,6 +376,40 @@ impl Topology {
             Some(next) => Next::Node(next),
             None => Next::Unobserved,
         }
+    }
+
+    /// The other node of `cluster` whose pod or block has `address`.
+    fn home(&self, cluster: u32, node: Netns, address: IpAddr) -> Next {
+        let has_block = |(netns, info): (&Netns, &NodeInfo)| {
+            let mut blocks = info
+                .routes
+                .iter()
+                .filter(|route| route.kind == RouteKind::Blackhole);
+            let found = info.cluster == Some(cluster) && blocks.any(|route| route.prefix.contains(&address));
+            found.then_some(*netns)
+        };
+        let owner = self.owner(cluster, address).map(|owner| owner.node);
+        let home = owner.or_else(|| self.nodes.iter().find_map(has_block));
+        home.filter(|home| *home != node)
+            .map_or(Next::Unobserved, Next::Node)
+    }
+
+    /// Whether what leaves `node` by that device is encrypted.
+    pub(super) fn is_encrypted(&self, node: Netns, ifindex: u32) -> bool {
+        self.nodes.get(&node).is_some_and(|info| {
+            let mut routes = info.routes.iter();
+            routes.any(|route| route.ifindex == Some(ifindex) && route.encap == Some(EncapKind::Wireguard))
+        })
+    }
+
+    /// So many routers lowered the TTL of an outer header between two nodes.
+    pub(super) fn count_routers(&mut self, from: Netns, to: Netns, routers: u8) {
+        self.routers.insert((from, to), routers);
+    }
+
+    /// What [`Self::count_routers`] was told last.
+    pub(super) fn routers_between(&self, from: Netns, to: Netns) -> Option<u8> {
+        self.routers.get(&(from, to)).copied()
     }
 
     /// The address that ICMP errors of `node` towards `towards` carried at `time`.

@@ -196,6 +196,8 @@ pub struct Hop {
     pub rtt_ns: Option<u64>,
     /// How sure it is.
     pub certainty: Certainty,
+    /// Why it has no address, in words, where that is known: the packet ended there, and nobody told its sender.
+    pub reason: Option<String>,
 }
 
 /// An observation as a trace shows it.

@@ -5,7 +5,7 @@ use super::{
     key::Part,
     open::{Open, Reached},
     topology::{Next, Topology},
-    waypoint,
+    underlay, waypoint,
 };
 use crate::event::{Drop, Hook};
 
@@ -17,6 +17,9 @@ pub(super) fn of(trace: &Open, topology: &Topology, now: u64, ended: bool) -> Ve
     }
     if matches!(answer, Some(AnswerKind::Unreachable | AnswerKind::Reset)) {
         return Verdict::Rejected;
+    }
+    if let Some(end) = underlay::end(trace, topology) {
+        return end.verdict;
     }
     if trace.drop.is_some() {
         return Verdict::Dropped;
@@ -43,14 +46,18 @@ fn is_expiry(trace: &Open) -> bool {
 /// It left a node for another one that has been observed all the time, and nothing was lost.
 fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
     let last = trace.last();
-    if last.hook != Hook::UplinkEgress {
+    let arrives = match last.hook {
+        Hook::UplinkEgress => Hook::UplinkIngress,
+        // What is encrypted is not seen at the uplinks.
+        Hook::TunnelEgress if topology.is_encrypted(last.node, last.ifindex) => Hook::TunnelIngress,
+        _ => return false,
+    };
+    if underlay::may_have_expired(trace, topology) {
         return false;
     }
     match topology.next(last.node, last.encap.as_ref(), trace.current.dst) {
         Next::Node(next) => {
-            topology
-                .ledgers
-                .observed_since(next, Hook::UplinkIngress, trace.first().time)
+            topology.ledgers.observed_since(next, arrives, trace.first().time)
                 && topology.ledgers.reaches(last.time)
                 && !topology.ledgers.lost(trace.first().time, now)
         }

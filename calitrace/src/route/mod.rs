@@ -6,6 +6,7 @@ mod monitor;
 mod nsid;
 mod snapshot;
 mod socket;
+mod wireguard;
 
 use std::net::IpAddr;
 
@@ -15,6 +16,7 @@ pub use lookup::{Decision, Lookup};
 pub use monitor::{Changes, Monitor};
 pub use nsid::{PeerNamespaces, peer_namespaces};
 pub use snapshot::{Snapshot, links};
+pub use wireguard::Peer;
 
 /// Routing table numbers (`enum rt_class_t`, include/uapi/linux/rtnetlink.h).
 pub const TABLE_MAIN: u32 = 254;

@@ -15,7 +15,9 @@ use netlink_packet_route::{
     },
 };
 
-use super::{Address, Entry, Forward, Ipip, Link, Neighbour, Type, Vxlan, socket::Connection};
+use super::{
+    Address, Entry, Forward, Ipip, Link, Neighbour, Peer, Type, Vxlan, socket::Connection, wireguard,
+};
 use crate::netns::Handle;
 
 /// The tables of one namespace.
@@ -31,6 +33,8 @@ pub struct Snapshot {
     pub neighbours: Vec<Neighbour>,
     /// Forwarding databases of VXLAN devices.
     pub forwards: Vec<Forward>,
+    /// Peers of `WireGuard` devices.
+    pub peers: Vec<Peer>,
 }
 
 impl Snapshot {
@@ -76,6 +80,16 @@ impl Snapshot {
                 .into_iter()
                 .filter_map(forward)
                 .collect();
+        }
+        for link in &snapshot.links {
+            if link.kind.as_deref() != Some("wireguard") {
+                continue;
+            }
+            match wireguard::peers(handle, link.ifindex) {
+                Ok(peers) => snapshot.peers.extend(peers),
+                // The main table tells, too, which node is behind a block.
+                Err(error) => log::debug!("{}: {error:#}", link.name),
+            }
         }
         Ok(snapshot)
     }

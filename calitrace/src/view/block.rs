@@ -70,6 +70,8 @@ pub struct Line {
     pub pod: Option<String>,
     /// How sure it is.
     pub certainty: Certainty,
+    /// Why nobody answered, where that is known.
+    pub reason: Option<String>,
     /// What the packet passed on the hop's node.
     pub way: Vec<Step>,
 }
@@ -146,6 +148,7 @@ pub(super) fn line(ttl: u8, readings: Vec<Option<Reading>>, hop: Option<&Hop>, w
         node: hop.and_then(|hop| hop.node.clone()),
         pod: hop.and_then(|hop| hop.pod.clone()),
         certainty: hop.map_or(Certainty::Observed, |hop| hop.certainty),
+        reason: hop.and_then(|hop| hop.reason.clone()),
         way,
     }
 }

@@ -207,16 +207,18 @@ fn lines(probes: &[Arc<PacketTrace>], last: u8) -> Vec<Line> {
     (1..=last)
         .map(|ttl| {
             let sent = probes.iter().filter(|probe| probe.ttl == ttl);
+            let reason = sent
+                .clone()
+                .find_map(|probe| block::hop(probe, ttl)?.reason.clone());
             let readings = sent
                 .map(|probe| probe.answer.as_ref().and_then(block::round_trip))
                 .collect();
             let hop = furthest.and_then(|probe| block::hop(probe, ttl));
-            block::line(
-                ttl,
-                readings,
-                hop,
-                ways.as_ref().map(|ways| ways.of_hop(ttl)).unwrap_or_default(),
-            )
+            let way = ways.as_ref().map(|ways| ways.of_hop(ttl)).unwrap_or_default();
+            Line {
+                reason,
+                ..block::line(ttl, readings, hop, way)
+            }
         })
         .collect()
 }

@@ -192,6 +192,7 @@ fn router(ttl: u8, address: &str, node: &str, left_ns: u64) -> Hop {
         left_ns: Some(left_ns),
         rtt_ns: None,
         certainty: Certainty::Observed,
+        reason: None,
     }
 }
 

@@ -82,6 +82,8 @@ pub(super) fn block(block: &Block) -> Vec<Row> {
     ];
     for line in &block.lines {
         rows.push(row(Look::Plain, hop(line)));
+        let reason = line.reason.as_ref();
+        rows.extend(reason.map(|reason| row(Look::Faint, format!("{INDENT}no answer: {reason}"))));
         rows.extend(way(line).map(|text| row(Look::Faint, text)));
         let nat = block
             .latest

@@ -27,6 +27,11 @@ pub(super) fn end(block: &Block) -> Option<Row> {
             None
         }
         Verdict::Expired if run => None,
+        // Nobody told the sender.
+        Verdict::Expired | Verdict::Rejected if reason(packet).is_some() => Some(row(
+            Look::Alarm,
+            format!("✗ {}", reason(packet).unwrap_or_default()),
+        )),
         Verdict::Rejected => Some(row(Look::Alarm, rejected(packet.answer.as_ref()))),
         Verdict::Expired => Some(row(Look::Alarm, expired(packet))),
         Verdict::Left => Some(row(
@@ -40,6 +45,10 @@ pub(super) fn end(block: &Block) -> Option<Row> {
         Verdict::Unfinished => Some(row(Look::Faint, "… still under way when observing ended".into())),
         Verdict::Delivered => None,
     }
+}
+
+fn reason(packet: &PacketTrace) -> Option<&str> {
+    packet.hops.last()?.reason.as_deref()
 }
 
 fn dropped(report: Option<&DropReport>) -> String {
