@@ -14,7 +14,7 @@ pub(super) fn set_up(node: &Node) -> Result<()> {
     let namespace = Namespace::open(&node.namespace)?;
     let key = command::text(&command::run(namespace.command("wg").arg("genkey"))?);
     let mut set = namespace.command("wg");
-    set.args(["set", DEVICE, "private-key", "/dev/stdin"]);
+    set.args(["set", DEVICE, "private-key", "/proc/self/fd/0"]);
     set.args(["listen-port", &WIREGUARD.port.to_string()]);
     set.args(["fwmark", &format!("{:#x}", WIREGUARD.mark)]);
     command::run_with_input(&mut set, &key)
