@@ -145,10 +145,10 @@ fn of_series(named: &[String]) -> Result<Vec<Kernel>> {
     for series in if named.is_empty() { &whole[..] } else { named } {
         match store.newest(series)? {
             Some(kernel) => {
-                say(&format!(
-                    "kernel {series}: {}, package {}",
-                    kernel.release, kernel.version
-                ));
+                say(&format!("kernel {series}: {}", kernel.release));
+                for package in store.packages(series) {
+                    say(&format!("kernel {series}: package {package}"));
+                }
                 kernels.push(kernel);
             }
             None if named.is_empty() => say(&format!("kernel {series}: left out")),

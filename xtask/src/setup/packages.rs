@@ -118,7 +118,7 @@ fn apt_get(packages: &str) -> Result<Command> {
     let quiet = [("DEBIAN_FRONTEND", OsStr::new("noninteractive"))];
     let mut command = root::command(&why, OsStr::new("apt-get"), &quiet)?;
     // Another apt may be at work, as on a machine that has just been started.
-    command.args(["-q", "-o", "DPkg::Lock::Timeout=120"]);
+    command.args(["-q", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=3"]);
     Ok(command)
 }
 

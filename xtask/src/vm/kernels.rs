@@ -197,17 +197,26 @@ impl Store {
         Some((kernel, age < FRESH.as_secs()))
     }
 
+    /// The packages a kernel came from, as they were noted.
+    pub(super) fn packages(&self, series: &str) -> Vec<String> {
+        let notes = self.read_notes();
+        let packages = notes[series]["packages"].as_array().into_iter().flatten();
+        let text = |package: &Value, field: &str| package[field].as_str().unwrap_or("?").to_owned();
+        packages
+            .map(|package| {
+                let [name, version, sha256] = ["name", "version", "sha256"].map(|field| text(package, field));
+                format!("{name} {version} SHA-256 {sha256}")
+            })
+            .collect()
+    }
+
     fn note(&self, series: &str, kernel: &Kernel, packages: &[Package]) -> Result<()> {
         let image = packages.first().context("a kernel of no package")?;
         let listed: Vec<Value> = packages
             .iter()
-            .map(|package| {
-                say(&format!(
-                    "kernel {series}: {} {} SHA-256 {}",
-                    package.name, package.version, package.sha256
-                ));
-                json!({"name": package.name, "version": package.version, "sha256": package.sha256})
-            })
+            .map(
+                |package| json!({"name": package.name, "version": package.version, "sha256": package.sha256}),
+            )
             .collect();
         let mut notes = self.read_notes();
         notes[series] = json!({
