@@ -131,12 +131,11 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         "{proto} {source} → {destination} ttl {}: {verdict}",
         trace.ttl
     )?;
-    let name = |name: &Option<String>| name.clone().unwrap_or_else(|| "-".into());
     writeln!(
         text,
         "  pods {} → {}",
-        name(&trace.flow.src_pod),
-        name(&trace.flow.dst_pod)
+        name(trace.flow.src_pod.as_ref()),
+        name(trace.flow.dst_pod.as_ref())
     )?;
     for step in &trace.nat {
         let (from, to) = (&step.from, &step.to);
@@ -145,42 +144,11 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             end(from.address, from.port.unwrap_or(0)),
             end(to.address, to.port.unwrap_or(0)),
         );
-        writeln!(text, "  {kind} on {}: {from} → {to}", name(&step.node))?;
+        writeln!(text, "  {kind} on {}: {from} → {to}", name(step.node.as_ref()))?;
     }
-    for Hop {
-        ttl,
-        address,
-        node,
-        pod,
-        arrived_ns,
-        left_ns,
-        rtt_ns,
-        certainty,
-        reason,
-    } in &trace.hops
-    {
-        let inferred = if *certainty == calitrace::correlate::Certainty::Inferred {
-            "~"
-        } else {
-            " "
-        };
-        let address = address.map_or_else(|| "*".into(), |address| address.to_string());
-        write!(text, "  {ttl:>2}{inferred} {address} on {}", name(node))?;
-        if let Some(pod) = pod {
-            write!(text, " pod {pod}")?;
-        }
-        for (what, time) in [("arrived", arrived_ns), ("left", left_ns), ("rtt", rtt_ns)] {
-            if let Some(time) = time {
-                write!(text, " {what} {time}")?;
-            }
-        }
-        if let Some(reason) = reason {
-            write!(text, ": {reason}")?;
-        }
-        writeln!(text)?;
-    }
+    hops(trace, text)?;
     if let Some(drop) = &trace.drop {
-        let (reason, location) = (name(&drop.reason), name(&drop.location));
+        let (reason, location) = (name(drop.reason.as_ref()), name(drop.location.as_ref()));
         let netfilter = drop
             .netfilter
             .map(|hook| format!(" in netfilter {hook}"))
@@ -188,8 +156,8 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         writeln!(
             text,
             "  dropped {reason} at {location}{netfilter} on {} {}",
-            name(&drop.node),
-            name(&drop.interface)
+            name(drop.node.as_ref()),
+            name(drop.interface.as_ref())
         )?;
     }
     if let Some(answer) = &trace.answer {
@@ -208,13 +176,55 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         write!(
             text,
             " {}/{}:{}{encap}@{}",
-            name(&seen.node),
-            name(&seen.interface),
+            name(seen.node.as_ref()),
+            name(seen.interface.as_ref()),
             seen.hook,
             seen.ttl
         )?;
     }
     writeln!(text)
+}
+
+/// A line for each hop.
+fn hops(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
+    for Hop {
+        ttl,
+        address,
+        node,
+        pod,
+        arrived_ns,
+        left_ns,
+        rtt_ns,
+        certainty,
+        reason,
+    } in &trace.hops
+    {
+        let inferred = if *certainty == calitrace::correlate::Certainty::Inferred {
+            "~"
+        } else {
+            " "
+        };
+        let address = address.map_or_else(|| "*".into(), |address| address.to_string());
+        write!(text, "  {ttl:>2}{inferred} {address} on {}", name(node.as_ref()))?;
+        if let Some(pod) = pod {
+            write!(text, " pod {pod}")?;
+        }
+        for (what, time) in [("arrived", arrived_ns), ("left", left_ns), ("rtt", rtt_ns)] {
+            if let Some(time) = time {
+                write!(text, " {what} {time}")?;
+            }
+        }
+        if let Some(reason) = reason {
+            write!(text, ": {reason}")?;
+        }
+        writeln!(text)?;
+    }
+    Ok(())
+}
+
+/// What is not known is `-`.
+fn name(name: Option<&String>) -> &str {
+    name.map_or("-", |name| name)
 }
 
 /// Both texts from the first line that differs.

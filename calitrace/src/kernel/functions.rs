@@ -69,7 +69,11 @@ impl Kernel {
             return Ok(Vec::new());
         }
         if !self.has_btf() {
-            self.miss(&rows, "no kernel type information");
+            // Said at load, for drops too.
+            for row in rows {
+                self.missing
+                    .insert(row.hook, "no kernel type information".to_owned());
+            }
             return Ok(Vec::new());
         }
         self.note_global();
@@ -128,13 +132,12 @@ impl Kernel {
                 "{} is not observed ({why}); not seen: {}",
                 row.name, row.lost
             )),
-            _ => {
-                let names: Vec<&str> = new.iter().map(|row| row.name).collect();
-                self.notes.push(format!(
-                    "{why}: what happens between two interfaces is not seen ({}); everything else is",
-                    names.join(", ")
-                ));
-            }
+            several => self.notes.push(format!(
+                "{why}: what happens between two interfaces is not seen ({} hooks of {}), everything else is; \
+                 `calitrace doctor` says what is lost, `--hooks tc` asks for no more",
+                several.len(),
+                hooks::TABLE.len()
+            )),
         }
         for row in rows {
             self.missing.insert(row.hook, why.to_owned());
