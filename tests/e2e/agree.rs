@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{IPIP, WIREGUARD, Watch, goes, path, quiet, run, with},
+    support::{IPIP, WIREGUARD, Watch, arrived, goes, path, quiet, run, with},
     test,
 };
 
@@ -42,6 +42,9 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const ORDERS: [DeviceOrder; 2] = [DeviceOrder::TunnelFirst, DeviceOrder::UplinkFirst];
+
+/// Milliseconds after which an answer may come too late for a trace.
+const LATE_ANSWER_MS: f64 = 75.0;
 
 /// Ping, HTTP and UDP are traced while no time exceeded can reach anybody; the log is closed; only then traceroute runs.
 fn real_traffic_first(encapsulation: Encapsulation) -> Result<()> {
@@ -167,7 +170,7 @@ fn compare(seen: &[Value], expected: &[HopList]) -> Result<()> {
                     path(packet) == *hops,
                     "traceroute: {hops:?}\ncalitrace: {packet:#}"
                 );
-                ensure!(packet["verdict"] == "delivered", "{packet:#}");
+                ensure!(arrived(packet), "{packet:#}");
             }
         }
     }
@@ -239,6 +242,9 @@ pub(crate) fn one_traceroute(lab: &Lab, kind: Kind, receiver: &str, extra: &[&st
                     said.raw
                 ),
                 (None, None) => {}
+                // A trace is told within 100 ms of the packet's end: an answer that takes longer, as in an emulated
+                // machine, comes too late.
+                (None, Some((_, their_time))) if *their_time > LATE_ANSWER_MS => {}
                 _ => anyhow::bail!("calitrace:\n{printed}\ntraceroute:\n{}", said.raw),
             }
         }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{IPIP, WIREGUARD, Watch, goes, quiet, with},
+    support::{IPIP, WIREGUARD, Watch, arrived, goes, quiet, with},
     test,
 };
 
@@ -110,7 +110,7 @@ fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
         }
     }
     for packet in &packets {
-        ensure!(packet["verdict"] == "delivered", "not delivered: {packet:#}");
+        ensure!(arrived(packet), "not delivered: {packet:#}");
     }
     Ok(())
 }
@@ -157,8 +157,10 @@ fn with_offloads(encapsulation: Encapsulation) -> Result<()> {
                 }
             })
             .sum();
-        // Without a retransmission, every byte once.
-        if http.segments.retransmitted == 0 {
+        // Without a retransmission, every byte once. Selective acknowledgements, of one block or two, tell of one by the
+        // other side, and lengthen the header.
+        let sacked = |trace: &&&Value| matches!(trace["length"].as_u64(), Some(64 | 72));
+        if http.segments.retransmitted == 0 && !traces.iter().any(|trace| sacked(&trace)) {
             ensure!(
                 payload == bytes,
                 "{from} to {to}: {bytes} bytes sent, {payload} traced"
@@ -170,7 +172,7 @@ fn with_offloads(encapsulation: Encapsulation) -> Result<()> {
             );
         }
         for trace in &traces {
-            ensure!(trace["verdict"] == "delivered", "not delivered: {trace:#}");
+            ensure!(arrived(trace), "not delivered: {trace:#}");
         }
         // At the interface of the sending pod a capture sees the same super-packets.
         if from == two.address.to_string() {
