@@ -4,6 +4,7 @@
 
 mod attaching;
 mod bench;
+mod btf;
 mod clsact;
 mod net;
 mod parsing;

@@ -55,7 +55,7 @@ pub(crate) static GUESTS: [Program; 7] = [
     program("dpkg", "dpkg"),
     program("strip", "binutils"),
     program("ldd", "libc-bin"),
-    program("wg", "wireguard-tools"),
+    program("bpftool", "bpftool"),
 ];
 
 /// What makes the tests' Python environment.
