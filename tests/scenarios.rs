@@ -168,6 +168,20 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             answer.kind, answer.address
         )?;
     }
+    if let Some(bypass) = &trace.bypass {
+        writeln!(
+            text,
+            "  may be handed on at {}/{} by {}",
+            name(bypass.node.as_ref()),
+            name(bypass.interface.as_ref()),
+            bypass.programs.join(", ")
+        )?;
+    }
+    sightings(trace, text)
+}
+
+/// Where a trace's packet was seen, on one line.
+fn sightings(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     write!(text, "  seen")?;
     for seen in &trace.observations {
         let encap = seen

@@ -3,12 +3,17 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Inventory, Lab, Namespace, Options, has_kprobes, inventory::has_tcx, wait_until};
+use calitrace_tests::{
+    Inventory, Lab, Namespace, Options, has_kprobes,
+    inventory::has_tcx,
+    stand_in::{self, Action, Side},
+    wait_until,
+};
 use nix::sys::signal::Signal;
 
 use crate::{
     Test,
-    support::{Watch, with},
+    support::{Watch, run, with},
     test,
 };
 
@@ -16,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("nothing_is_left_after_sigint", || left_after(Signal::SIGINT)),
     test("nothing_is_left_after_sigterm", || left_after(Signal::SIGTERM)),
     test("nothing_is_left_after_kill_9", || left_after(Signal::SIGKILL)),
+    test("what_kill_9_leaves_by_clsact_is_cleaned", left_by_clsact),
     test("nothing_of_the_lab_is_left", lab_is_gone),
     test("nothing_of_the_node_is_changed", node_is_unchanged),
 ];
@@ -64,6 +70,67 @@ fn left_after(signal: Signal) -> Result<()> {
         Ok(after.is_empty().then_some(()))
     })
     .with_context(|| format!("after {signal}: {:?}", look()))
+}
+
+/// By clsact a killed run leaves its filters and qdiscs. The next start takes them away, and so does `doctor --clean`;
+/// what is somebody else's stays.
+fn left_by_clsact() -> Result<()> {
+    const FILTERS: usize = 16;
+    let lab = Lab::up(&Options::default())?;
+    let look = || -> Result<(usize, usize, usize)> {
+        let namespaces = lab
+            .namespaces()?
+            .iter()
+            .map(|name| Namespace::open(name))
+            .collect::<Result<Vec<_>>>()?;
+        let found = Inventory::take(&namespaces, "calitrace_")?;
+        let ours = found.filters.iter().filter(|line| line.contains("calitrace_"));
+        let theirs = found.filters.iter().filter(|line| line.contains(stand_in::NAME));
+        Ok((ours.count(), theirs.count(), found.qdiscs.len()))
+    };
+    let doctor = |clean: &[&str]| -> Result<String> {
+        let finished = run(&with(&lab, &[&["doctor"][..], clean].concat()))?;
+        ensure!(finished.status.success(), "{finished:?}");
+        Ok(finished.stdout)
+    };
+    let killed = || -> Result<()> {
+        let watch = Watch::start(&with(&lab, &["--tc", "clsact"]))?;
+        lab.ping("pod1", lab.pod("pod2")?.ip(), 2, &[])?;
+        // Two nodes with two pods, a tunnel and an uplink each, two directions.
+        ensure!(look()? == (FILTERS, 0, 8), "during: {:?}", look()?);
+        let during = doctor(&[])?;
+        ensure!(!during.contains("killed run"), "its owner lives: {during}");
+        watch.signal(Signal::SIGKILL)?;
+        ensure!(look()? == (FILTERS, 0, 8), "after: {:?}", look()?);
+        Ok(())
+    };
+    ensure!(look()? == (0, 0, 0), "before: {:?}", look()?);
+    killed()?;
+    let watch = Watch::start(&with(&lab, &[]))?;
+    let (ours, ..) = look()?;
+    ensure!(ours == if has_tcx() { 0 } else { FILTERS }, "{ours} filters");
+    watch.stop()?;
+    ensure!(look()? == (0, 0, 0), "after the next start: {:?}", look()?);
+
+    killed()?;
+    let told = doctor(&[])?;
+    ensure!(
+        told.matches("left by a killed run").count() == 8 && told.contains("calitrace doctor --clean"),
+        "{told}"
+    );
+    let node = lab.namespace("minikube")?;
+    let nobody = "192.0.2.1".parse().context("an address")?;
+    stand_in::attach_filter(&node, "eth0", Side::Ingress, nobody, Action::Accept, 0)?;
+    let told = doctor(&["--clean"])?;
+    ensure!(told.matches("✓ removed").count() == 8, "{told}");
+    ensure!(
+        told.contains("cali8d02ed71817") && told.matches("and their clsact qdisc").count() == 7,
+        "{told}"
+    );
+    ensure!(look()? == (0, 1, 1), "theirs stays: {:?}", look()?);
+    let told = doctor(&["--clean"])?;
+    ensure!(told.contains("nothing"), "{told}");
+    Ok(())
 }
 
 fn lab_is_gone() -> Result<()> {

@@ -7,9 +7,11 @@
 
 mod agree;
 mod alone;
+mod coexist;
 mod counts;
 mod drops;
 mod failures;
+mod fallbacks;
 mod flood;
 mod functions;
 mod leftovers;
@@ -45,6 +47,8 @@ fn main() -> ExitCode {
         failures::TESTS,
         leftovers::TESTS,
         repair::TESTS,
+        coexist::TESTS,
+        fallbacks::TESTS,
     ]
     .concat()
     .into_iter()

@@ -147,9 +147,14 @@ pub(crate) struct Watch {
 impl Watch {
     /// Starts `calitrace watch` with these arguments and waits until it observes.
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Self> {
-        let mut child = Command::new(binary()?)
-            .arg("watch")
-            .args(arguments)
+        let mut command = Command::new(binary()?);
+        command.arg("watch").args(arguments);
+        Self::spawn(command)
+    }
+
+    /// As [`Self::start`], with a whole command line.
+    pub(crate) fn spawn(mut command: Command) -> Result<Self> {
+        let mut child = command
             .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -180,6 +180,12 @@ struct TopologyArgs {
 
 #[derive(Debug, Args)]
 struct DoctorArgs {
+    /// Remove what killed runs of calitrace left on interfaces, and say what it was
+    ///
+    /// That is filters on clsact qdiscs (as on kernels before 6.6) whose owner is gone, and the qdisc where calitrace
+    /// added it and nothing else is on it. Nothing else is touched, and nothing else is done.
+    #[arg(long)]
+    clean: bool,
     #[command(flatten)]
     nodes: NodeArgs,
 }
@@ -278,6 +284,7 @@ impl From<Cli> for Plan {
                 nodes: args.nodes.into(),
             }),
             Verb::Doctor(args) => plan::Command::Doctor(plan::Doctor {
+                clean: args.clean,
                 nodes: args.nodes.into(),
             }),
         };

@@ -14,17 +14,25 @@ use crate::{
         self, NodeView,
         doctor::{self, Finding, Severity, Sysctls},
     },
-    event::Role,
-    kernel::{self, Capability},
+    event::{HookStatus, Role},
+    kernel::{self, Capability, leftovers},
+    netns,
     sink::Output,
 };
 
 /// Carries it out. What this process may not look at is an error, after all that it may.
 pub(super) fn run(plan: &plan::Doctor) -> Result<()> {
     let mut output = Output::stdout();
+    if plan.clean {
+        clean(&mut output, &namespaces(plan)?)?;
+        return output.flush().context("show what was removed");
+    }
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").context("read the kernel's release")?;
     writeln!(output, "Kernel {}", release.trim())?;
     kernel(&mut output, &kernel::capabilities())?;
+    hooks(&mut output, tried_hooks())?;
+    output.flush()?;
+    left(&mut output, &namespaces(plan)?)?;
     output.flush()?;
     let nodes = calico::discover(&plan.nodes.clone().into())?;
     writeln!(output, "\nCalico")?;
@@ -59,6 +67,105 @@ fn kernel(output: &mut impl Write, capabilities: &[Capability]) -> io::Result<()
             writeln!(output, "  {:width$}  lost without it: {lost}", "")?;
             writeln!(output, "  {:width$}  remedy: {remedy}", "")?;
         }
+    }
+    Ok(())
+}
+
+/// What each hook comes to here, or why that cannot be said.
+fn tried_hooks() -> Result<Vec<HookStatus>> {
+    kernel::Kernel::load(&kernel::Config::default())?.try_hooks()
+}
+
+/// Hooks that work on one line, those that do not by the reason.
+fn hooks(output: &mut impl Write, tried: Result<Vec<HookStatus>>) -> io::Result<()> {
+    writeln!(output, "\nHooks")?;
+    let tried = match tried {
+        Ok(tried) => tried,
+        Err(error) => return writeln!(output, "✗ none can be tried: {error:#}"),
+    };
+    let working: Vec<&str> = tried
+        .iter()
+        .filter(|status| status.missing.is_none())
+        .map(|status| status.hook.as_str())
+        .collect();
+    if !working.is_empty() {
+        writeln!(output, "✓ {}", working.join(", "))?;
+    }
+    let mut reasons: Vec<&str> = tried
+        .iter()
+        .filter_map(|status| status.missing.as_deref())
+        .collect();
+    reasons.dedup();
+    for why in reasons {
+        writeln!(output, "✗ {why}")?;
+        let mut takes = Vec::new();
+        for status in tried
+            .iter()
+            .filter(|status| status.missing.as_deref() == Some(why))
+        {
+            let Some(row) = kernel::hooks::by_name(&status.hook).map(kernel::hooks::row) else {
+                continue;
+            };
+            writeln!(output, "  lost without {}: {}", row.name, row.lost)?;
+            takes.push(row.attach.takes());
+        }
+        takes.dedup();
+        writeln!(output, "  remedy: see {} above", takes.join(", "))?;
+    }
+    Ok(())
+}
+
+/// A network namespace and what to call it.
+type Named = (String, netns::Handle);
+
+/// The namespaces asked for; all without.
+fn namespaces(plan: &plan::Doctor) -> Result<Vec<Named>> {
+    let all = netns::list()?;
+    let wanted = if plan.nodes.netns.is_empty() {
+        all
+    } else {
+        let names = plan.nodes.netns.iter();
+        names
+            .map(|name| netns::resolve(name, &all))
+            .collect::<Result<_>>()?
+    };
+    let name = |found: &netns::Found| match found.names.as_slice() {
+        [] => found.inode().to_string(),
+        names => names.join(", "),
+    };
+    Ok(wanted
+        .into_iter()
+        .map(|found| (name(&found), found.handle))
+        .collect())
+}
+
+/// What killed runs left behind.
+fn left(output: &mut impl Write, namespaces: &[Named]) -> Result<()> {
+    for (name, handle) in namespaces {
+        for leftover in leftovers::find(handle)? {
+            writeln!(
+                output,
+                "\n✗ left by a killed run of calitrace in the network namespace {name} {leftover}\n  \
+                 remedy: calitrace doctor --clean, or the next calitrace watch of that node"
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes what killed runs left behind.
+fn clean(output: &mut impl Write, namespaces: &[Named]) -> Result<()> {
+    let mut nothing = true;
+    for (name, handle) in namespaces {
+        let removed =
+            leftovers::remove(handle).with_context(|| format!("clean the network namespace {name}"))?;
+        for leftover in removed {
+            writeln!(output, "✓ removed in the network namespace {name} {leftover}")?;
+            nothing = false;
+        }
+    }
+    if nothing {
+        writeln!(output, "✓ killed runs of calitrace have left nothing behind")?;
     }
     Ok(())
 }
@@ -133,5 +240,31 @@ mod tests {
                    lost without it: encapsulation on the tunnel itself
                    remedy: a kernel with CONFIG_KPROBES
         ");
+    }
+
+    #[test]
+    fn hooks_that_do_not_work_are_told_by_the_reason() {
+        let status = |hook: &str, missing: Option<&str>| HookStatus {
+            hook: hook.to_owned(),
+            missing: missing.map(str::to_owned),
+        };
+        let tried = vec![
+            status("workload_ingress", None),
+            status("workload_egress", None),
+            status("kfree_skb", Some("no kernel type information: none")),
+        ];
+        let mut text = Vec::new();
+        hooks(&mut text, Ok(tried)).unwrap();
+        insta::assert_snapshot!(String::from_utf8(text).unwrap(), @r"
+
+        Hooks
+        ✓ workload_ingress, workload_egress
+        ✗ no kernel type information: none
+          lost without kfree_skb: where and why packets are dropped
+          remedy: see raw tracepoints above
+        ");
+        let mut text = Vec::new();
+        hooks(&mut text, Err(anyhow::anyhow!("no permission"))).unwrap();
+        assert!(String::from_utf8(text).unwrap().contains("no permission"));
     }
 }

@@ -76,6 +76,8 @@ pub struct Topology {
 /// Show what works on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Doctor {
+    /// Remove what killed runs left behind, instead.
+    pub clean: bool,
     /// Which nodes.
     pub nodes: Nodes,
 }

@@ -35,6 +35,9 @@ async fn watch(plan: &plan::Watch) -> Result<()> {
     // Before anything is attached: from here on a signal ends in order.
     let mut signals = Signals::listen()?;
     kernel::check_permission("watch")?;
+    for what in kernel::shortcomings() {
+        log::warn!("{what}");
+    }
     let mut pipeline = super::open(&plan.view, true)?;
     let mut live = Live::new(options(plan))?;
     for what in live.missing() {

@@ -1,7 +1,8 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, hops, key,
+    Answer, AnswerKind, Bypass, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, Verdict,
+    hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
     underlay, verdict, waypoint,
@@ -52,6 +53,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
             .collect(),
         hops,
         observations: sightings(open, topology),
+        bypass: bypass(open, topology, verdict),
         ttl,
         netns: first.netns,
         cluster: open.cluster,
@@ -59,6 +61,24 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         closed_monotonic: now,
         packet: open.packet.clone(),
     }
+}
+
+/// Where it may have been handed on past all hooks, if none saw it go on.
+fn bypass(open: &Open, topology: &Topology, verdict: Verdict) -> Option<Bypass> {
+    let out_of_sight = match open.reached {
+        Reached::Nothing => verdict == Verdict::Unknown,
+        Reached::Pod => verdict == Verdict::Delivered,
+        Reached::Node | Reached::Outside => false,
+    };
+    let last = hops::handed_on_from(open, topology).filter(|_| out_of_sight)?;
+    Some(Bypass {
+        node: topology.name(last.node).cloned(),
+        interface: topology.interface_name(last.netns, last.ifindex).cloned(),
+        programs: topology
+            .ledgers
+            .others(last.netns, last.ifindex, last.hook)
+            .to_vec(),
+    })
 }
 
 /// A probe that expired right behind the last observed node shows that router's address to later packets.

@@ -30,11 +30,22 @@ pub(super) fn of(trace: &Open, topology: &Topology, verdict: Verdict) -> (Vec<Ho
         match trace.reached {
             Reached::Pod | Reached::Node => way.receive(verdict),
             Reached::Outside => way.go_on(verdict),
-            Reached::Nothing => {}
+            Reached::Nothing => way.hand_on(),
         }
     }
     way.answer();
     (way.hops, way.ttl)
+}
+
+/// The last sighting at an interface, if the packet came in there beside TC programs of others, which may have handed it on
+/// past all further hooks.
+pub(super) fn handed_on_from<'a>(trace: &'a Open, topology: &Topology) -> Option<&'a Seen> {
+    let last = trace
+        .seen
+        .iter()
+        .rfind(|seen| seen.is_ingress() || seen.is_egress())?;
+    let others = topology.ledgers.others(last.netns, last.ifindex, last.hook);
+    (last.is_ingress() && !others.is_empty() && trace.drop.is_none()).then_some(last)
 }
 
 struct Way<'a> {
@@ -231,7 +242,9 @@ impl<'a> Way<'a> {
             if trace.last().is_egress() {
                 return self.go_on(verdict);
             }
+            let owner = || self.topology.owner(trace.cluster, trace.current.dst);
             let node = self.topology.node_of(trace.cluster, trace.current.dst);
+            let node = node.or_else(|| owner().map(|owner| owner.node));
             return self.receiver_inferred(node.and_then(|node| self.topology.name(node).cloned()));
         };
         let last = sightings.next_back().unwrap_or(first);
@@ -251,6 +264,18 @@ impl<'a> Way<'a> {
         } else {
             Certainty::Observed
         };
+    }
+
+    /// A packet for a pod of the node that it was last seen coming in at, where somebody else's program may have handed it
+    /// to the pod.
+    fn hand_on(&mut self) {
+        let Some(last) = handed_on_from(self.trace, self.topology) else {
+            return;
+        };
+        let owner = self.topology.owner(self.trace.cluster, self.trace.current.dst);
+        if owner.is_some_and(|owner| owner.node == last.node) {
+            self.receiver_inferred(self.topology.name(last.node).cloned());
+        }
     }
 
     fn pod(&self) -> Option<String> {

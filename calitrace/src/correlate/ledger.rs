@@ -12,6 +12,8 @@ const SPANS: usize = 3600;
 pub(super) struct Ledgers {
     /// Since when each interface of a node has been observed.
     attached: FxHashMap<(Netns, Hook), FxHashMap<u32, u64>>,
+    /// TC programs of others beside hooks.
+    others: FxHashMap<(Netns, u32, Hook), Vec<String>>,
     /// Time and losses of the last ledger.
     last: (u64, u64),
     spans: Vec<(u64, u64)>,
@@ -24,8 +26,14 @@ impl Ledgers {
             .attached
             .entry((attachment.netns, attachment.hook))
             .or_default();
+        let site = (attachment.netns, attachment.ifindex, attachment.hook);
         match attachment.state {
             AttachmentState::Attached => {
+                if attachment.others.is_empty() {
+                    self.others.remove(&site);
+                } else {
+                    self.others.insert(site, attachment.others.clone());
+                }
                 interfaces.entry(attachment.ifindex).or_insert(attachment.time);
             }
             AttachmentState::Detached | AttachmentState::Lost => {
@@ -54,6 +62,13 @@ impl Ledgers {
             .iter()
             .rev()
             .any(|(start, end)| *start <= to && *end >= from)
+    }
+
+    /// The TC programs of others beside a hook.
+    pub(super) fn others(&self, netns: Netns, ifindex: u32, hook: Hook) -> &[String] {
+        self.others
+            .get(&(netns, ifindex, hook))
+            .map_or(&[], Vec::as_slice)
     }
 
     /// Whether a ledger has come since `time`: before that nobody can say that nothing was lost by then. What was

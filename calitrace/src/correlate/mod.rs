@@ -32,8 +32,8 @@ use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep, PacketTrace,
-    SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep,
+    PacketTrace, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Hook, Item, Observation, Transport};

@@ -58,6 +58,8 @@ pub struct PacketTrace {
     pub hops: Vec<Hop>,
     /// Every sighting, in order of time.
     pub observations: Vec<Sighting>,
+    /// Set when no hook saw it go on from where a TC program of somebody else's stands.
+    pub bypass: Option<Bypass>,
     /// TTL at the sender, as far as known: the first observation's, plus the routers before it.
     pub ttl: u8,
     /// Network namespace of the first observation's node.
@@ -103,6 +105,18 @@ pub struct DropReport {
     pub netfilter: Option<&'static str>,
     /// The Calico policy, where known.
     pub policy: Option<String>,
+}
+
+/// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further
+/// hooks, as Felix's eBPF dataplane does straight into a pod (`bpf_redirect_peer`), or drop it where drops are not seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Bypass {
+    /// The node.
+    pub node: Option<String>,
+    /// The interface.
+    pub interface: Option<String>,
+    /// Names of the programs, as far as the kernel keeps them.
+    pub programs: Vec<String>,
 }
 
 /// Who answered a packet.

@@ -40,7 +40,9 @@ fn is_expiry(trace: &Open) -> bool {
         return false;
     };
     let forward = |location: &String| matches!(location.as_str(), "ip_forward" | "ip6_forward");
-    trace.seen[*index].ttl <= 1 && drop.location.as_ref().is_some_and(forward)
+    // Where the kernel hides its symbols, the reason has to do.
+    let vague = matches!(drop.reason.as_deref(), None | Some("NOT_SPECIFIED" | "IP_INHDR"));
+    trace.seen[*index].ttl <= 1 && drop.location.as_ref().map_or(vague, forward)
 }
 
 /// It left a node for another one that has been observed all the time, and nothing was lost.
@@ -91,6 +93,10 @@ pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
             .is_some_and(|location| names.contains(&location))
     };
     if reason == Some("QUEUE_PURGE") || at(&CLOSING) {
+        return true;
+    }
+    // Where the kernel hides its symbols, and gives no reason either: nothing says that what was received was dropped.
+    if drop.location.is_none() && matches!(reason, None | Some("NOT_SPECIFIED")) {
         return true;
     }
     match part {

@@ -9,7 +9,11 @@ use aya::{
     sys::{SyscallError, is_map_supported, is_program_supported},
 };
 
-use super::{btf::Btf, offsets, permission::program_io_error};
+use super::{
+    btf::Btf,
+    offsets,
+    permission::{self, program_io_error},
+};
 
 /// One thing that a kernel may offer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,7 +39,19 @@ struct Probe {
     attempt: fn() -> Result<String, String>,
 }
 
-const PROBES: [Probe; 9] = [
+const PROBES: [Probe; 11] = [
+    Probe {
+        name: "permission",
+        lost: "as it says; without CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN and CAP_SYS_ADMIN nothing can be traced",
+        remedy: "run it as root, or with these capabilities",
+        attempt: permission,
+    },
+    Probe {
+        name: "kernel memory",
+        lost: "where and why packets are dropped, and what happens inside the kernel: only TC hooks observe",
+        remedy: "boot with lockdown=integrity or without lockdown",
+        attempt: || permission::may_read_kernel().map(|()| "programs may read it".to_owned()),
+    },
     Probe {
         name: "tc",
         lost: "every packet: nothing can be traced",
@@ -107,6 +123,16 @@ pub fn capabilities() -> Vec<Capability> {
             }
         })
         .collect()
+}
+
+fn permission() -> Result<String, String> {
+    permission::check("watch").map_err(|error| error.what)?;
+    let lines = permission::shortcomings();
+    if lines.is_empty() {
+        Ok("all capabilities that it takes".to_owned())
+    } else {
+        Err(lines.join("; "))
+    }
 }
 
 fn program(kind: ProgramType) -> Result<String, String> {

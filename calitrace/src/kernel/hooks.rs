@@ -60,6 +60,18 @@ impl Function {
     }
 }
 
+impl Attach {
+    /// Name of the capability that it takes ([`super::capabilities`]).
+    #[must_use]
+    pub fn takes(self) -> &'static str {
+        match self {
+            Self::Tc => "tc",
+            Self::RawTracepoint(_) => "raw tracepoints",
+            Self::Function(_) => "kprobes",
+        }
+    }
+}
+
 /// A row of the table.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {

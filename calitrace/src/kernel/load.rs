@@ -112,12 +112,14 @@ impl Kernel {
         let mut notes = Vec::new();
         let mut missing = BTreeMap::new();
         let path = config.btf.as_deref().unwrap_or(Path::new(VMLINUX));
-        let btf = read_btf(path).map_err(|why| {
-            missing.insert(Hook::KfreeSkb, format!("no kernel type information: {why}"));
+        let readable = permission::may_read_kernel();
+        let btf = readable
+            .and_then(|()| read_btf(path).map_err(|why| format!("no kernel type information: {why}")));
+        let btf = btf.map_err(|why| {
             notes.push(format!(
-                "no kernel type information ({why}): only TC hooks observe; \
-                 where and why packets are dropped is not seen"
+                "{why}: only TC hooks observe; where and why packets are dropped is not seen"
             ));
+            missing.insert(Hook::KfreeSkb, why);
         });
         let offsets = btf.as_ref().map_or(Offsets::UNKNOWN, |(_, offsets)| *offsets);
         let names = Names::new(
@@ -196,6 +198,21 @@ impl Kernel {
     /// Whether the programs find namespaces and packets by themselves.
     pub(super) fn has_btf(&self) -> bool {
         self.has_btf
+    }
+
+    /// Tries every hook: loads its program, and attaches it where it is not bound to an interface. What then is missing
+    /// is what would be missing while watching.
+    pub fn try_hooks(&mut self) -> Result<Vec<HookStatus>> {
+        self.attach_global()?;
+        self.attach_functions()?;
+        for row in hooks::TABLE.iter().filter(|row| row.attach == hooks::Attach::Tc) {
+            if let Err(error) = self.instance(0)?.classifier(row.hook) {
+                self.missing.insert(row.hook, format!("{error:#}"));
+            }
+        }
+        let hooks = self.hooks();
+        self.detach_all()?;
+        Ok(hooks)
     }
 
     /// One line for each thing that this kernel or configuration keeps from being observed.

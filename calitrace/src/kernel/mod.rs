@@ -30,5 +30,5 @@ pub use counters::Count;
 pub use functions::Means;
 pub use load::{Config, Kernel, Probes};
 pub use names::Names;
-pub use permission::check as check_permission;
+pub use permission::{check as check_permission, shortcomings};
 pub use ring::{Batch, Drain, Dropped, Ring};

@@ -5,15 +5,19 @@ use std::{fs, io};
 use aya::{
     EbpfError,
     maps::MapError,
-    programs::{ProgramError, tc::TcError},
-    sys::SyscallError,
+    programs::{ProgramError, ProgramType, tc::TcError},
+    sys::{BpfHelper, SyscallError, is_helper_supported},
 };
 
 use crate::error::NoPermission;
 
 /// Bits of a capability set (include/uapi/linux/capability.h).
+const DAC_OVERRIDE: u32 = 1;
+const DAC_READ_SEARCH: u32 = 2;
 const NET_ADMIN: u32 = 12;
+const SYS_PTRACE: u32 = 19;
 const SYS_ADMIN: u32 = 21;
+const SYSLOG: u32 = 34;
 const PERFMON: u32 = 38;
 const BPF: u32 = 39;
 
@@ -25,6 +29,55 @@ pub fn check(operation: &str) -> Result<(), NoPermission> {
         Ok(())
     } else {
         Err(refusal(operation, &missing))
+    }
+}
+
+/// What is not seen for want of a capability that tracing can do without: a sentence for each.
+pub fn shortcomings() -> Vec<String> {
+    lacking(effective().unwrap_or(u64::MAX))
+}
+
+fn lacking(effective: u64) -> Vec<String> {
+    let has = |bit: u32| effective >> bit & 1 == 1;
+    let mut lines = Vec::new();
+    if !has(SYS_PTRACE) {
+        lines.push(
+            "without CAP_SYS_PTRACE only this network namespace and those named under /run/netns are seen: no nodes in \
+             containers (minikube, kind), and of drops inside a pod not which pod it was"
+                .to_owned(),
+        );
+    }
+    if !has(DAC_OVERRIDE) && !has(DAC_READ_SEARCH) {
+        lines.push(
+            "without CAP_DAC_READ_SEARCH the files that name pods may not be readable (/var/run/calico, \
+             /var/lib/cni): pods are then shown by their addresses"
+                .to_owned(),
+        );
+    }
+    lines
+}
+
+/// Whether kernel symbols may be hidden from this process: a remedy, as the end of a sentence.
+pub(super) fn symbols_remedy() -> &'static str {
+    if effective().unwrap_or(u64::MAX) >> SYSLOG & 1 == 1 {
+        "sysctl -w kernel.kptr_restrict=1"
+    } else {
+        "run calitrace with CAP_SYSLOG or as root"
+    }
+}
+
+/// Fails with the reason where programs may not read the kernel's memory: the kernel is locked down (`lockdown=` in
+/// confidentiality mode, `LOCKDOWN_BPF_READ_KERNEL`), and does not know the helper then.
+pub(super) fn may_read_kernel() -> Result<(), String> {
+    match is_helper_supported(
+        ProgramType::SchedClassifier,
+        BpfHelper::BPF_FUNC_probe_read_kernel,
+    ) {
+        Ok(false) => Err(
+            "eBPF programs may not read the kernel's memory (lockdown in confidentiality mode)".to_owned(),
+        ),
+        // What keeps the question from being answered keeps the programs from loading, and is told there.
+        Ok(true) | Err(_) => Ok(()),
     }
 }
 
@@ -136,6 +189,15 @@ mod tests {
             missing(1 << BPF | 1 << PERFMON | 1 << NET_ADMIN),
             ["CAP_SYS_ADMIN"]
         );
+    }
+
+    #[test]
+    fn what_can_be_done_without_costs_a_line_each() {
+        assert_eq!(lacking(u64::MAX), Vec::<String>::new());
+        let lines = lacking(1 << BPF | 1 << PERFMON | 1 << NET_ADMIN | 1 << SYS_ADMIN);
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].contains("CAP_SYS_PTRACE") && lines[1].contains("CAP_DAC_READ_SEARCH"));
+        assert_eq!(lacking(1 << SYS_PTRACE | 1 << DAC_OVERRIDE), Vec::<String>::new());
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+use super::permission;
+
 /// The functions of the running kernel, by address.
 #[derive(Debug)]
 pub(super) struct Symbols {
@@ -38,7 +40,10 @@ impl Symbols {
             line.clear();
         }
         if found.entries.is_empty() {
-            bail!("it shows no addresses (kernel.kptr_restrict)");
+            bail!(
+                "it shows no addresses (kernel.kptr_restrict; remedy: {})",
+                permission::symbols_remedy()
+            );
         }
         found.entries.sort_unstable();
         Ok(found)

@@ -73,6 +73,7 @@ pub(crate) fn delivered(start: u64, transport: Transport) -> PacketTrace {
                 false,
             ),
         ],
+        bypass: None,
         ttl: 64,
         netns: 1,
         cluster: 0,

@@ -2,7 +2,7 @@
 
 use super::render::{Look, Row, row};
 use crate::{
-    correlate::{Answer, AnswerKind, DropReport, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Bypass, DropReport, PacketTrace, Verdict},
     view::{Block, Kind},
 };
 
@@ -38,6 +38,10 @@ pub(super) fn end(block: &Block) -> Option<Row> {
             Look::Faint,
             format!("→ {}; nobody beyond it is observed", departure(packet)),
         )),
+        Verdict::Unknown if packet.bypass.is_some() => packet
+            .bypass
+            .as_ref()
+            .map(|bypass| row(Look::Faint, handed_on(bypass))),
         Verdict::Unknown => Some(row(
             Look::Faint,
             "? how it ended is unknown: records were lost, or hooks were not attached yet".into(),
@@ -49,6 +53,19 @@ pub(super) fn end(block: &Block) -> Option<Row> {
 
 fn reason(packet: &PacketTrace) -> Option<&str> {
     packet.hops.last()?.reason.as_deref()
+}
+
+fn handed_on(bypass: &Bypass) -> String {
+    let part = |word: &str, value: &Option<String>| {
+        let value = value.as_ref().map(|value| format!(" {word} {value}"));
+        value.unwrap_or_default()
+    };
+    format!(
+        "? how it ended was not seen: the TC program {}{}{} may hand packets on past all further hooks",
+        bypass.programs.join(", "),
+        part("at", &bypass.interface),
+        part("of node", &bypass.node),
+    )
 }
 
 fn dropped(report: Option<&DropReport>) -> String {

@@ -1,0 +1,180 @@
+//! Less than root: what can work, works; what cannot costs one clear line.
+
+use std::{
+    fs, io,
+    os::unix::{fs::PermissionsExt as _, process::CommandExt as _},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, Result, ensure};
+use calitrace_tests::{Lab, Policy, Test, test};
+
+use crate::support::{Watch, binary, goes, quiet, with};
+
+pub(crate) const TESTS: &[Test] = &[
+    test("capabilities_instead_of_root", capabilities_only),
+    test("each_missing_capability_is_named", each_missing),
+];
+
+/// Bits of a capability set (include/uapi/linux/capability.h).
+const NET_ADMIN: u32 = 12;
+const SYS_ADMIN: u32 = 21;
+const PERFMON: u32 = 38;
+const BPF: u32 = 39;
+const ALL: [u32; 4] = [NET_ADMIN, SYS_ADMIN, PERFMON, BPF];
+
+/// `calitrace`, copied to where everybody may run it, as a user without privileges but these capabilities. The copy goes
+/// with the folder.
+fn as_nobody(capabilities: &[u32]) -> Result<(tempfile::TempDir, Command)> {
+    let folder = tempfile::tempdir().context("make a folder")?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))
+        .context("open the folder to all")?;
+    let copy = folder.path().join("calitrace");
+    fs::copy(binary()?, &copy).context("copy the binary")?;
+    let mut command = Command::new(&copy);
+    command.current_dir("/");
+    let capabilities = capabilities.to_vec();
+    // SAFETY: only system calls between fork and exec; no allocation, no lock.
+    unsafe {
+        command.pre_exec(move || become_nobody(&capabilities));
+    }
+    Ok((folder, command))
+}
+
+/// Gives up root and keeps these capabilities over the coming exec, as ambient ones.
+fn become_nobody(capabilities: &[u32]) -> io::Result<()> {
+    const NOBODY: libc::uid_t = 65534;
+    /// `_LINUX_CAPABILITY_VERSION_3`.
+    const VERSION: u32 = 0x2008_0522;
+    let check = |result: libc::c_long| {
+        if result == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    let mut set = [[0_u32; 3]; 2];
+    for capability in capabilities {
+        // Effective, permitted, inheritable.
+        for kind in &mut set[*capability as usize / 32] {
+            *kind |= 1 << (capability % 32);
+        }
+    }
+    let unlimited = libc::rlimit {
+        rlim_cur: libc::RLIM_INFINITY,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    // SAFETY: each pointer leads to what the call reads, and outlives it.
+    unsafe {
+        // Before 5.11 programs are locked memory, and a service manager would set that limit. Later kernels do not look
+        // at it, so it may be refused there.
+        libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const unlimited);
+        check(libc::prctl(libc::PR_SET_KEEPCAPS, 1, 0, 0, 0).into())?;
+        check(libc::setgroups(0, std::ptr::null()).into())?;
+        check(libc::setgid(NOBODY).into())?;
+        check(libc::setuid(NOBODY).into())?;
+        let header = [VERSION, 0];
+        check(libc::syscall(libc::SYS_capset, &raw const header, &raw const set))?;
+        for capability in capabilities {
+            check(
+                libc::prctl(
+                    libc::PR_CAP_AMBIENT,
+                    libc::PR_CAP_AMBIENT_RAISE,
+                    *capability,
+                    0,
+                    0,
+                )
+                .into(),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn capabilities_only() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let (_folder, mut command) = as_nobody(&ALL)?;
+    command.arg("watch").args(with(&lab, &["-o", "json"]));
+    let watch = Watch::spawn(command)?;
+    let pod2 = lab.pod("pod2")?;
+    let ping = lab.ping("pod1", pod2.ip(), 3, &[])?;
+    ensure!(ping.received == 3, "{ping:?}");
+    // Connections end in frees that are no drops, and that are told from drops by function names.
+    let server = lab.http_server("pod2", 8080)?;
+    lab.http_get("pod1", (pod2.address, 8080).into(), 1000)?;
+    server.stop()?;
+    lab.set_policy("pod2", Policy::Deny)?;
+    let ping = lab.ping("pod1", pod2.ip(), 1, &[])?;
+    ensure!(ping.received == 0, "{ping:?}");
+    watch.until("all verdicts", |watch| {
+        watch
+            .packets()
+            .iter()
+            .any(|packet| packet["verdict"] == "dropped")
+    })?;
+    let finished = watch.stop()?;
+    ensure!(finished.status.success(), "{finished:?}");
+    let packets = finished.packets()?;
+    let (from, to) = (lab.pod("pod1")?.address.to_string(), pod2.address.to_string());
+    let echoes = packets
+        .iter()
+        .filter(|packet| goes(packet, "icmp", &from, &to) || goes(packet, "icmp", &to, &from));
+    let mut verdicts: Vec<&str> = echoes.filter_map(|packet| packet["verdict"].as_str()).collect();
+    verdicts.sort_unstable();
+    let mut expected = vec!["delivered"; 6];
+    expected.push("dropped");
+    ensure!(verdicts == expected, "{verdicts:?}: {packets:#?}");
+    for packet in packets.iter().filter(|packet| packet["verdict"] == "dropped") {
+        // The node's own name is in files that cannot be read.
+        let node = packet["drop"]["node"].as_str().unwrap_or_default();
+        ensure!(
+            packet["flow"]["proto"] == "icmp" && node.ends_with("minikube-m02"),
+            "{packet:#}"
+        );
+    }
+    // What is lost for want of others: a line each.
+    let warnings: Vec<&str> = finished
+        .stderr
+        .lines()
+        .filter(|line| line.starts_with("warning: "))
+        .collect();
+    for capability in ["CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"] {
+        let lines = warnings.iter().filter(|line| line.contains(capability));
+        ensure!(lines.count() == 1, "{warnings:#?}");
+    }
+    // The third: function names, where the kernel hides its symbols from others than root.
+    let lines = warnings.iter().filter(|line| line.contains("CAP_"));
+    ensure!(lines.count() <= 3, "{warnings:#?}");
+    Ok(())
+}
+
+fn each_missing() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    for (missing, name) in [
+        (NET_ADMIN, Some("CAP_NET_ADMIN")),
+        (SYS_ADMIN, Some("CAP_SYS_ADMIN")),
+        // CAP_SYS_ADMIN includes these two, as it did before they came with 5.8.
+        (PERFMON, None),
+        (BPF, None),
+    ] {
+        let rest: Vec<u32> = ALL
+            .into_iter()
+            .filter(|capability| *capability != missing)
+            .collect();
+        let (_folder, mut command) = as_nobody(&rest)?;
+        command.arg("watch").args(with(&lab, &["--duration", "200ms"]));
+        let output = command.stdin(Stdio::null()).output().context("run as nobody")?;
+        let text = String::from_utf8_lossy(&output.stderr);
+        let Some(name) = name else {
+            ensure!(output.status.code() == Some(0), "without {missing}: {output:?}");
+            continue;
+        };
+        ensure!(output.status.code() == Some(3), "without {name}: {output:?}");
+        let others = ["CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_BPF", "CAP_PERFMON"];
+        for other in others {
+            ensure!(text.contains(other) == (other == name), "without {name}: {text}");
+        }
+        ensure!(text.lines().count() == 1, "one line: {text}");
+    }
+    Ok(())
+}
