@@ -16,19 +16,33 @@ pub(super) const KERNELS: [&str; 3] = ["5.10", "6.1", "7"];
 const TESTS: [(&str, &[&str]); 4] = [
     (
         "kernel",
-        &["attaching::nothing_is_left", "parsing::", "transports::"],
+        &[
+            "attaching::nothing_is_left",
+            "clsact::",
+            "parsing::",
+            "transports::",
+        ],
     ),
     (
         "discovery",
         &["nodes_are_what_ip_says", "hop_addresses_are_the_kernels"],
     ),
-    ("lab", &["paths::ipip", "policy::nft", "presence::"]),
+    (
+        "lab",
+        &[
+            "paths::ipip",
+            "paths::wireguard",
+            "policy::nft",
+            "presence::filters",
+        ],
+    ),
     (
         "e2e",
         &[
             "real_traffic_is_traced_before_any_traceroute_ran",
             "a_policy_that_denies",
             "a_service_is_one_trace",
+            "functions_are_seen_between_interfaces_ipip",
             "nothing_is_left_after_kill_9",
         ],
     ),
