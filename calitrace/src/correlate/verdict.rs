@@ -79,12 +79,15 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
 /// * TCP in `TIME_WAIT` or half open: `tcp_v4_rcv` frees what it has dealt with, without a reason (labels `discard_it`
 ///   and `discard_and_relse`, `net/ipv4/tcp_ipv4.c`). So the last FIN of a connection may end, and the RST that ends a
 ///   half-open one does.
+/// * Packets that were merged on receipt hang on the first one, and are freed with it (`skb_release_data`,
+///   `net/core/skbuff.c`, 6.1): a drop of the whole has a record of its own.
 pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
-    const CLOSING: [&str; 4] = [
+    const CLOSING: [&str; 5] = [
         "inet_sock_destruct",
         "sk_stream_kill_queues",
         "skb_queue_purge",
         "skb_queue_purge_reason",
+        "skb_release_data",
     ];
     let reason = drop.reason.as_deref();
     let at = |names: &[&str]| {
