@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-use crate::step::{say, text_of};
+use crate::step::{output_of, say, text_of};
 use crate::workspace;
 
 /// A program that cargo built, or found to be fresh.
@@ -28,6 +28,36 @@ pub(crate) struct Executable {
 pub(crate) fn build(what: &str, arguments: &[&str]) -> Result<Vec<Executable>> {
     let mut command = Command::new("cargo");
     command.args(arguments);
+    executables(what, command)
+}
+
+/// As [`build`], of programs that carry their libraries in them: the same files run here and in any guest.
+pub(crate) fn build_static(what: &str, arguments: &[&str]) -> Result<Vec<Executable>> {
+    let mut command = Command::new("cargo");
+    command.args(arguments);
+    link_statically(&mut command)?;
+    executables(what, command)
+}
+
+/// Makes a cargo command that builds link statically. Named as the target, this machine's own triple gets flags that
+/// build scripts and procedural macros are not given, which have to be dynamic.
+pub(crate) fn link_statically(command: &mut Command) -> Result<()> {
+    let host = host()?;
+    let variable = format!("CARGO_TARGET_{}_RUSTFLAGS", host.to_uppercase().replace('-', "_"));
+    command
+        .args(["--target", &host])
+        .env(variable, "-Ctarget-feature=+crt-static");
+    Ok(())
+}
+
+/// The triple of this machine.
+fn host() -> Result<String> {
+    let said = output_of(Command::new("rustc").arg("-vV"))?;
+    let host = said.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc -vV names no host")?.to_owned())
+}
+
+fn executables(what: &str, mut command: Command) -> Result<Vec<Executable>> {
     say(&format!("{what}: {}", text_of(&command)));
     let mut cargo = command
         .arg("--message-format=json-render-diagnostics")

@@ -93,7 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Builds all test programs and the product.
 pub(crate) fn build() -> Result<Vec<Executable>> {
-    cargo::build("tests", &["test", "--workspace", "--no-run"])
+    cargo::build_static("tests", &["test", "--workspace", "--no-run"])
 }
 
 fn run_layer(
@@ -110,8 +110,9 @@ fn run_layer(
         let mut doc_tests = Command::new("cargo");
         doc_tests
             .current_dir(workspace::root())
-            .args(["test", "--quiet", "--workspace", "--doc", "--"])
-            .args(only);
+            .args(["test", "--quiet", "--workspace", "--doc"]);
+        cargo::link_statically(&mut doc_tests)?;
+        doc_tests.arg("--").args(only);
         totals += run::counted("documentation", &mut doc_tests)?;
     }
     Ok(totals)
