@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all tests, from cheap to dear, layer by layer (README.md, "Development").
 //!
 //! Test programs are built as the caller; those that need root are run by root or sudo. A layer that cannot run is
-//! counted as skipped, and in CI as failed.
+//! counted as skipped, and in CI, the guests apart, as failed.
 
 mod layer;
 mod run;
@@ -68,7 +68,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         } else {
             run_layer(layer, &plan, &environment, options.only.as_deref())?
         };
-        if in_ci && totals.passed + totals.failed == 0 {
+        if in_ci && layer.required_in_ci() && totals.passed + totals.failed == 0 {
             complain(&format!(
                 "layer {layer}: ran no test, and none may be left out in CI"
             ));

@@ -237,7 +237,7 @@ fn clone(probes: Probes) {
     let clones = watch.wait(1, |seen| {
         seen.hook == Hook::SkbClone
             && seen.skb == arrived[0].skb
-            && *first.borrow_mut().get_or_insert(seen.time) == seen.time
+            && first.borrow_mut().get_or_insert_with(|| seen.clone()) == seen
     });
     let Some(Detail::Cloned { skb }) = clones[0].detail else {
         panic!("{clones:?}");

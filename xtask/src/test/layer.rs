@@ -39,6 +39,11 @@ impl Layer {
         matches!(self, Self::Kernel | Self::Lab | Self::EndToEnd)
     }
 
+    /// All but the guests: those need kernels from Debian's archive, which a CI machine may not reach.
+    pub(crate) fn required_in_ci(self) -> bool {
+        self != Self::Vm
+    }
+
     /// The layer of a test program. None for one that this list does not know.
     fn of(program: &Executable) -> Option<Self> {
         match (program.kind.as_str(), program.target.as_str()) {

@@ -13,7 +13,7 @@ use crate::step::output_of;
 pub(super) const KERNELS: [&str; 3] = ["5.10", "6.1", "7"];
 
 /// Test programs, and the beginnings or parts of names of the tests to run.
-const TESTS: [(&str, &[&str]); 4] = [
+const TESTS: [(&str, &[&str]); 5] = [
     (
         "kernel",
         &[
@@ -27,6 +27,7 @@ const TESTS: [(&str, &[&str]); 4] = [
         "discovery",
         &["nodes_are_what_ip_says", "hop_addresses_are_the_kernels"],
     ),
+    ("functions", &["trampolines::"]),
     (
         "lab",
         &[
@@ -39,8 +40,8 @@ const TESTS: [(&str, &[&str]); 4] = [
     (
         "e2e",
         &[
-            "real_traffic_is_traced_before_any_traceroute_ran",
-            "a_policy_that_denies",
+            "real_traffic_over_tunl0",
+            "a_drop_names_its_netfilter_hook",
             "a_service_is_one_trace",
             "functions_are_seen_between_interfaces_ipip",
             "nothing_is_left_after_kill_9",
