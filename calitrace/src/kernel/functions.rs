@@ -2,7 +2,7 @@
 //! by a kprobe. None of them is needed for tracing; each adds what happens between two interfaces.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
 };
@@ -27,6 +27,8 @@ use super::{
 /// How the kernel lets functions be probed by perf events.
 const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
 
+const NO_KPROBES: &str = "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)";
+
 /// By what a function is observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Means {
@@ -40,6 +42,8 @@ pub enum Means {
 #[derive(Debug, Default)]
 pub(super) struct Functions {
     attached: BTreeMap<Hook, Means>,
+    /// Tried in vain, and not to be tried again.
+    given_up: BTreeSet<Hook>,
     /// Trampolines have been refused; another try is in vain.
     no_trampolines: bool,
     /// The kernel's BTF as aya reads it, for trampolines.
@@ -63,7 +67,12 @@ impl Kernel {
         let rows: Vec<&Row> = hooks::TABLE
             .iter()
             .filter(|row| matches!(row.attach, Attach::Function(_)))
-            .filter(|row| !self.functions.attached.contains_key(&row.hook))
+            .filter(|row| {
+                let Functions {
+                    attached, given_up, ..
+                } = &self.functions;
+                !attached.contains_key(&row.hook) && !given_up.contains(&row.hook)
+            })
             .collect();
         if self.config.functions == Probes::Off || rows.is_empty() {
             return Ok(Vec::new());
@@ -111,13 +120,28 @@ impl Kernel {
             }
         }
         self.miss(&absent, "this kernel has no such function");
-        self.miss(&unprobed, "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)");
+        self.miss(&unprobed, NO_KPROBES);
         Ok(attached)
     }
 
     /// The functions that are observed, and by what.
     pub fn functions(&self) -> &BTreeMap<Hook, Means> {
         &self.functions.attached
+    }
+
+    /// Why a function cannot be observed, as far as that is known before it was tried.
+    pub(super) fn unlikely(&self, row: &Row) -> Option<String> {
+        let waits =
+            matches!(row.attach, Attach::Function(_)) && !self.functions.attached.contains_key(&row.hook);
+        if !waits {
+            None
+        } else if self.config.functions == Probes::Off {
+            Some("not asked for".to_owned())
+        } else if Path::new(KPROBES).exists() {
+            None
+        } else {
+            Some(NO_KPROBES.to_owned())
+        }
     }
 
     /// Notes that these are not observed, a line for all.
@@ -140,6 +164,7 @@ impl Kernel {
             )),
         }
         for row in rows {
+            self.functions.given_up.insert(row.hook);
             self.missing.insert(row.hook, why.to_owned());
         }
     }

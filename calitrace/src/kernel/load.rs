@@ -226,7 +226,11 @@ impl Kernel {
             .iter()
             .map(|row| HookStatus {
                 hook: row.name.to_owned(),
-                missing: self.missing.get(&row.hook).cloned(),
+                missing: self
+                    .missing
+                    .get(&row.hook)
+                    .cloned()
+                    .or_else(|| self.unlikely(row)),
             })
             .collect()
     }
