@@ -5,6 +5,7 @@ use super::{
     join::{self, Sight},
     nat::Translations,
     open::{Open, OpenTraces, Seen},
+    timers::MILLISECOND,
     topology::NO_CLUSTER,
 };
 use crate::event::{Detail, Hook, NetfilterVerdict};
@@ -18,8 +19,9 @@ pub(super) struct Waypoint {
 
 /// Waypoints that a trace keeps: a loop in the kernel must not make it grow without end.
 const KEPT: usize = 32;
-/// `nf_hook_slow` returns this long after it dropped a packet at most, unless its CPU was taken away meanwhile.
-const RETURNS: u64 = 1_000_000;
+/// `nf_hook_slow` returns this long after it dropped a packet at most: at once, but its CPU may be taken away meanwhile
+/// (several milliseconds on a loaded virtual machine). The address alone names the latest packet that had it.
+const RETURNS: u64 = 50 * MILLISECOND;
 
 /// Takes note of an observation of a function. Without a trace that it belongs to, nothing comes of it.
 pub(super) fn take(sight: &Sight<'_>, open: &mut OpenTraces, translations: &mut Translations) {
