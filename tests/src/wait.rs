@@ -9,10 +9,19 @@ use anyhow::{Result, bail};
 /// How long a test waits before it calls something failed: 10 s, times `CALITRACE_TIME_SCALE` (a number;
 /// guests of an emulator run several times slower than the machine itself).
 pub fn patience() -> Duration {
+    Duration::from_secs(10).mul_f64(scale())
+}
+
+/// Whether this machine is a guest of an emulator, where packets take long enough for TCP to send them again.
+pub fn is_emulated() -> bool {
+    scale() > 1.0
+}
+
+fn scale() -> f64 {
     let scale = std::env::var("CALITRACE_TIME_SCALE")
         .ok()
-        .and_then(|text| text.parse::<f64>().ok());
-    Duration::from_secs(10).mul_f64(scale.filter(|scale| *scale >= 1.0).unwrap_or(1.0))
+        .and_then(|text| text.parse().ok());
+    scale.filter(|scale| *scale >= 1.0).unwrap_or(1.0)
 }
 
 /// Asks `look` until it finds something, for [`patience`]. `what` names the thing awaited in the error,

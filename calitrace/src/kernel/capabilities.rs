@@ -11,7 +11,7 @@ use aya::{
 
 use super::{
     btf::Btf,
-    offsets,
+    functions, offsets,
     permission::{self, program_io_error},
 };
 
@@ -199,8 +199,7 @@ fn symbols() -> Result<String, String> {
 }
 
 fn kprobes() -> Result<String, String> {
-    let path = Path::new("/sys/bus/event_source/devices/kprobe");
-    if path.exists() {
+    if functions::has_kprobes() {
         Ok("functions can be probed by perf events".to_owned())
     } else {
         Err("the kernel is built without kprobe events".to_owned())

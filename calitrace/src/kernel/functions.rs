@@ -29,6 +29,11 @@ const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
 
 const NO_KPROBES: &str = "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)";
 
+/// Whether the kernel lets functions be probed.
+pub(super) fn has_kprobes() -> bool {
+    Path::new(KPROBES).exists()
+}
+
 /// By what a function is observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Means {
@@ -111,7 +116,7 @@ impl Kernel {
                     absent.push(row);
                 }
                 Err(Refusal::Failed(error)) => {
-                    if Path::new(KPROBES).exists() {
+                    if has_kprobes() {
                         self.miss(&[row], &format!("{error:#}"));
                     } else {
                         unprobed.push(row);
@@ -121,6 +126,8 @@ impl Kernel {
         }
         self.miss(&absent, "this kernel has no such function");
         self.miss(&unprobed, NO_KPROBES);
+        // Tens of megabytes, and of no use any more: functions with trampolines are tried once.
+        self.functions.btf = None;
         Ok(attached)
     }
 
@@ -137,7 +144,7 @@ impl Kernel {
             None
         } else if self.config.functions == Probes::Off {
             Some("not asked for".to_owned())
-        } else if Path::new(KPROBES).exists() {
+        } else if has_kprobes() {
             None
         } else {
             Some(NO_KPROBES.to_owned())
@@ -150,6 +157,9 @@ impl Kernel {
             .iter()
             .filter(|row| !self.missing.contains_key(&row.hook))
             .collect();
+        for row in rows {
+            self.functions.given_up.insert(row.hook);
+        }
         match new.as_slice() {
             [] => return,
             [row] => self.notes.push(format!(
@@ -164,7 +174,6 @@ impl Kernel {
             )),
         }
         for row in rows {
-            self.functions.given_up.insert(row.hook);
             self.missing.insert(row.hook, why.to_owned());
         }
     }
@@ -191,7 +200,7 @@ impl Kernel {
                 "no type information of nf_conntrack"
             ))));
         }
-        if !Path::new(KPROBES).exists() {
+        if !has_kprobes() {
             return Ok(Err(Refusal::Failed(anyhow!("there is no {KPROBES}"))));
         }
         let ebpf = self.instance(0)?.ebpf();
