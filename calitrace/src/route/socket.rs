@@ -1,14 +1,18 @@
-//! One rtnetlink socket inside a namespace: requests and their answers. Knows message framing, errors and retries;
+//! One netlink socket inside a namespace: requests and their answers. Knows message framing, errors and retries;
 //! not what the messages mean.
 
-use std::{io, os::fd::AsRawFd as _};
+use std::{fmt::Debug, io, marker::PhantomData, os::fd::AsRawFd as _};
 
 use anyhow::{Context as _, Result, bail};
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use netlink_sys::{
+    Socket, SocketAddr,
+    protocols::{NETLINK_GENERIC, NETLINK_ROUTE},
+};
 
 use crate::netns::Handle;
 
@@ -21,42 +25,55 @@ const DUMP_ATTEMPTS: u32 = 8;
 
 /// Opens a route netlink socket that belongs to `handle`'s namespace for its whole life.
 pub(super) fn open(handle: &Handle) -> Result<Socket> {
+    open_protocol(handle, NETLINK_ROUTE)
+}
+
+fn open_protocol(handle: &Handle, protocol: isize) -> Result<Socket> {
     handle.run(|| {
-        let mut socket = Socket::new(NETLINK_ROUTE).context("open a route netlink socket")?;
-        socket.bind_auto().context("bind a route netlink socket")?;
+        let mut socket = Socket::new(protocol).context("open a netlink socket")?;
+        socket.bind_auto().context("bind a netlink socket")?;
         Ok(socket)
     })
 }
 
-/// A socket for requests.
+/// A socket for requests in messages of the type `M`.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(super) struct Connection<M = RouteNetlinkMessage> {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    messages: PhantomData<M>,
 }
 
 impl Connection {
-    /// Opens it in `handle`'s namespace.
+    /// Opens a route netlink socket in `handle`'s namespace.
     pub(super) fn open(handle: &Handle) -> Result<Self> {
-        let socket = open(handle)?;
+        Self::to_protocol(handle, NETLINK_ROUTE)
+    }
+}
+
+impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<M> {
+    /// Opens a generic netlink socket in `handle`'s namespace.
+    pub(super) fn generic(handle: &Handle) -> Result<Self> {
+        Self::to_protocol(handle, NETLINK_GENERIC)
+    }
+
+    fn to_protocol(handle: &Handle, protocol: isize) -> Result<Self> {
+        let socket = open_protocol(handle, protocol)?;
         socket
             .connect(&SocketAddr::new(0, 0))
-            .context("connect a route netlink socket to the kernel")?;
+            .context("connect a netlink socket to the kernel")?;
         Ok(Self {
             socket,
             sequence: 0,
             buffer: vec![0; BUFFER_BYTES],
+            messages: PhantomData,
         })
     }
 
     /// Everything of one kind; `what` names it in errors. Repeated when the kernel says that the answer is inconsistent;
     /// the last attempt's answer is taken as it is, because a later notification will correct it.
-    pub(super) fn dump(
-        &mut self,
-        request: &RouteNetlinkMessage,
-        what: &str,
-    ) -> Result<Vec<RouteNetlinkMessage>> {
+    pub(super) fn dump(&mut self, request: &M, what: &str) -> Result<Vec<M>> {
         for _ in 1..DUMP_ATTEMPTS {
             let (messages, consistent) = self
                 .try_dump(request)
@@ -71,12 +88,12 @@ impl Connection {
             .0)
     }
 
-    fn try_dump(&mut self, request: &RouteNetlinkMessage) -> Result<(Vec<RouteNetlinkMessage>, bool)> {
+    fn try_dump(&mut self, request: &M) -> Result<(Vec<M>, bool)> {
         self.send(request.clone(), NLM_F_REQUEST | NLM_F_DUMP)?;
         let (mut messages, mut consistent) = (Vec::new(), true);
         loop {
             let length = self.receive()?;
-            for message in Framed::new(&self.buffer[..length]) {
+            for message in Framed::<M>::new(&self.buffer[..length]) {
                 let Some((header, message)) = message else {
                     continue;
                 };
@@ -99,11 +116,11 @@ impl Connection {
     }
 
     /// One answer to one question; the inner error is the kernel's refusal.
-    pub(super) fn get(&mut self, request: RouteNetlinkMessage) -> Result<io::Result<RouteNetlinkMessage>> {
+    pub(super) fn get(&mut self, request: M) -> Result<io::Result<M>> {
         self.send(request, NLM_F_REQUEST)?;
         loop {
             let length = self.receive()?;
-            for message in Framed::new(&self.buffer[..length]) {
+            for message in Framed::<M>::new(&self.buffer[..length]) {
                 let Some((header, message)) = message else {
                     bail!("the kernel's answer cannot be read")
                 };
@@ -119,12 +136,12 @@ impl Connection {
         }
     }
 
-    fn send(&mut self, message: RouteNetlinkMessage, flags: u16) -> Result<()> {
+    fn send(&mut self, message: M, flags: u16) -> Result<()> {
         self.sequence = self.sequence.wrapping_add(1);
         let mut header = NetlinkHeader::default();
         header.flags = flags;
         header.sequence_number = self.sequence;
-        let mut message = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
         message.finalize();
         let mut bytes = vec![0; message.buffer_len()];
         message.serialize(&mut bytes);
@@ -148,31 +165,33 @@ impl Connection {
 
 /// The messages in a datagram. `None` stands for one that cannot be decoded (a newer kernel's attribute): it is passed
 /// over, so that one odd device does not hide all others.
-pub(super) struct Framed<'a> {
+struct Framed<'a, M> {
     rest: &'a [u8],
+    messages: PhantomData<M>,
 }
 
-impl<'a> Framed<'a> {
-    pub(super) fn new(datagram: &'a [u8]) -> Self {
-        Self { rest: datagram }
+impl<'a, M> Framed<'a, M> {
+    fn new(datagram: &'a [u8]) -> Self {
+        Self {
+            rest: datagram,
+            messages: PhantomData,
+        }
     }
 }
 
-impl Iterator for Framed<'_> {
-    type Item = Option<(NetlinkHeader, NetlinkPayload<RouteNetlinkMessage>)>;
+impl<M: NetlinkDeserializable> Iterator for Framed<'_, M> {
+    type Item = Option<(NetlinkHeader, NetlinkPayload<M>)>;
 
     fn next(&mut self) -> Option<Self::Item> {
         let length = u32::from_ne_bytes(*self.rest.first_chunk()?) as usize;
         let message = self.rest.get(..length).filter(|_| length >= 16)?;
         self.rest = self.rest.get(length.next_multiple_of(4)..).unwrap_or_default();
-        Some(
-            match NetlinkMessage::<RouteNetlinkMessage>::deserialize(message) {
-                Ok(message) => Some(message.into_parts()),
-                Err(error) => {
-                    log::warn!("a netlink message is passed over: {error}");
-                    None
-                }
-            },
-        )
+        Some(match NetlinkMessage::<M>::deserialize(message) {
+            Ok(message) => Some(message.into_parts()),
+            Err(error) => {
+                log::warn!("a netlink message is passed over: {error}");
+                None
+            }
+        })
     }
 }
