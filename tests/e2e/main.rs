@@ -25,42 +25,29 @@ mod underlay;
 
 use std::process::ExitCode;
 
-use calitrace_tests::{Readiness, Test, test};
-use libtest_mimic::{Arguments, Trial};
+use calitrace_tests::{Test, harness, test};
 
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
     // Each test has a lab of its own and two cores have to do; the inventory of what is left must be its own, too.
-    arguments.test_threads = arguments.test_threads.or(Some(1));
-    let trials = [
-        agree::TESTS,
-        alone::TESTS,
-        counts::TESTS,
-        scope::TESTS,
-        drops::TESTS,
-        log::TESTS,
-        topology::TESTS,
-        tunnels::TESTS,
-        underlay::TESTS,
-        flood::TESTS,
-        functions::TESTS,
-        failures::TESTS,
-        leftovers::TESTS,
-        repair::TESTS,
-        coexist::TESTS,
-        fallbacks::TESTS,
-    ]
-    .concat()
-    .into_iter()
-    .map(|test| match test.readiness() {
-        Readiness::Ready => Trial::test(test.name, move || {
-            (test.run)().map_err(|error| format!("{error:#}").into())
-        }),
-        Readiness::Skipped(reason) => Trial::test(test.name, || Ok(()))
-            .with_ignored_flag(true)
-            .with_kind(format!("skipped: {reason}")),
-        Readiness::Failed(reason) => Trial::test(test.name, move || Err(reason.into())),
-    })
-    .collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    harness::run_singly(
+        [
+            agree::TESTS,
+            alone::TESTS,
+            counts::TESTS,
+            scope::TESTS,
+            drops::TESTS,
+            log::TESTS,
+            topology::TESTS,
+            tunnels::TESTS,
+            underlay::TESTS,
+            flood::TESTS,
+            functions::TESTS,
+            failures::TESTS,
+            leftovers::TESTS,
+            repair::TESTS,
+            coexist::TESTS,
+            fallbacks::TESTS,
+        ]
+        .concat(),
+    )
 }

@@ -9,8 +9,7 @@ mod presence;
 
 use std::process::ExitCode;
 
-use calitrace_tests::{Encapsulation, Need, Readiness, Test, test};
-use libtest_mimic::{Arguments, Trial};
+use calitrace_tests::{Encapsulation, Need, Test, harness, test};
 
 const TESTS: &[Test] = &[
     test("paths::vxlan", paths::vxlan),
@@ -58,14 +57,5 @@ fn main() -> ExitCode {
     if life::is_told_to_die() {
         return life::build_a_lab_and_die();
     }
-    let trials = TESTS.iter().map(|test| match test.readiness() {
-        Readiness::Ready => Trial::test(test.name, || {
-            (test.run)().map_err(|error| format!("{error:?}").into())
-        }),
-        Readiness::Skipped(reason) => Trial::test(test.name, || Ok(()))
-            .with_ignored_flag(true)
-            .with_kind(format!("skipped: {reason}")),
-        Readiness::Failed(reason) => Trial::test(test.name, move || Err(reason.into())),
-    });
-    libtest_mimic::run(&Arguments::from_args(), trials.collect()).exit_code()
+    harness::run(TESTS.iter().copied())
 }

@@ -8,6 +8,7 @@
 //! touched, and several labs with the same addresses can be up at once.
 
 pub mod command;
+pub mod harness;
 pub mod interrupt;
 pub mod inventory;
 pub mod lab;

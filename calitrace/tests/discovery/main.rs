@@ -4,55 +4,47 @@ mod changes;
 mod rig;
 mod told;
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{collections::BTreeSet, net::IpAddr, process::ExitCode};
 
 use calitrace::{
     calico::{self, NodeView, Options},
     event::{EncapKind, Role, RouteKind},
     netns,
 };
-use libtest_mimic::{Arguments, Failed, Trial};
+use calitrace_tests::{Test, harness, test};
 use rig::{Lab, POD1, POD2, Result};
 
-fn main() {
-    let arguments = Arguments::from_args();
-    let root = nix::unistd::Uid::effective().is_root();
-    if !root {
-        rig::say("skipped: making network namespaces needs root");
-    }
-    let trial = |name: &str, test: fn() -> Result<()>| {
-        let run = move || test().map_err(|error| Failed::from(format!("{error:#}")));
-        Trial::test(name, run).with_ignored_flag(!root)
-    };
-    let trials = vec![
-        trial("nodes_are_what_ip_says", nodes_are_what_ip_says),
-        trial("parts_are_told_apart", parts_are_told_apart),
-        trial("hop_addresses_are_the_kernels", hop_addresses_are_the_kernels),
-        trial(
-            "names_come_from_the_nodes_own_root",
-            names_come_from_the_nodes_own_root,
-        ),
-        trial("two_labs_are_two_clusters", two_labs_are_two_clusters),
-        trial("what_is_no_node_is_none", what_is_no_node_is_none),
-        trial(
-            "a_monitor_tells_which_tables_changed",
-            changes::a_monitor_tells_which_tables_changed,
-        ),
-        trial("changes_are_told", changes::changes_are_told),
-        trial("doctor_command", told::doctor_command),
-        trial("topology_command", told::topology_command),
-        trial("topology_is_what_ip_says", told::topology_is_what_ip_says),
-        trial(
-            "expected_paths_follow_the_kernels",
-            told::expected_paths_follow_the_kernels,
-        ),
-        trial("doctor_names_what_is_wrong", told::doctor_names_what_is_wrong),
-        trial(
-            "a_refresh_with_many_pods_is_quick",
-            changes::a_refresh_with_many_pods_is_quick,
-        ),
-    ];
-    libtest_mimic::run(&arguments, trials).exit();
+const TESTS: &[Test] = &[
+    test("nodes_are_what_ip_says", nodes_are_what_ip_says),
+    test("parts_are_told_apart", parts_are_told_apart),
+    test("hop_addresses_are_the_kernels", hop_addresses_are_the_kernels),
+    test(
+        "names_come_from_the_nodes_own_root",
+        names_come_from_the_nodes_own_root,
+    ),
+    test("two_labs_are_two_clusters", two_labs_are_two_clusters),
+    test("what_is_no_node_is_none", what_is_no_node_is_none),
+    test(
+        "a_monitor_tells_which_tables_changed",
+        changes::a_monitor_tells_which_tables_changed,
+    ),
+    test("changes_are_told", changes::changes_are_told),
+    test("doctor_command", told::doctor_command),
+    test("topology_command", told::topology_command),
+    test("topology_is_what_ip_says", told::topology_is_what_ip_says),
+    test(
+        "expected_paths_follow_the_kernels",
+        told::expected_paths_follow_the_kernels,
+    ),
+    test("doctor_names_what_is_wrong", told::doctor_names_what_is_wrong),
+    test(
+        "a_refresh_with_many_pods_is_quick",
+        changes::a_refresh_with_many_pods_is_quick,
+    ),
+];
+
+fn main() -> ExitCode {
+    harness::run(TESTS.iter().copied())
 }
 
 fn addr(text: &str) -> IpAddr {

@@ -8,48 +8,43 @@
 #[path = "../kernel/net.rs"]
 mod net;
 
-use std::{cell::RefCell, collections::BTreeSet, path::Path, process::ExitCode};
+use std::{cell::RefCell, collections::BTreeSet, process::ExitCode};
 
 use calitrace::{
     event::{Detail, Hook, NetfilterVerdict, Observation, Transport},
     kernel::{Config, Means, Probes},
 };
-use libtest_mimic::{Arguments, Trial};
+use calitrace_tests::{Need, Test, harness, test};
 use net::{DEVICE, LEFT, Net, RIGHT, Watch};
 
-/// A test; told by what to observe.
-type Test = fn(Probes);
+/// A test by its name, with trampolines where the kernel has them, and by kprobes alone. It panics where it fails.
+macro_rules! twice {
+    ($name:literal, $test:ident) => {
+        [
+            test(concat!("trampolines::", $name), || {
+                $test(Probes::Cheapest);
+                Ok(())
+            })
+            .needs(&[Need::Kprobes]),
+            test(concat!("kprobes::", $name), || {
+                $test(Probes::Kprobes);
+                Ok(())
+            })
+            .needs(&[Need::Kprobes]),
+        ]
+    };
+}
 
-const TESTS: [(&str, Test); 5] = [
-    ("what_can_be_attached_is", attached),
-    ("netfilter_s_drop_is_told_with_its_hook", netfilter),
-    ("an_icmp_error_is_told_with_what_it_answers", icmp),
-    ("a_translation_is_announced", translation),
-    ("a_clone_is_known_by_its_new_address", clone),
+const TESTS: [[Test; 2]; 5] = [
+    twice!("what_can_be_attached_is", attached),
+    twice!("netfilter_s_drop_is_told_with_its_hook", netfilter),
+    twice!("an_icmp_error_is_told_with_what_it_answers", icmp),
+    twice!("a_translation_is_announced", translation),
+    twice!("a_clone_is_known_by_its_new_address", clone),
 ];
 
 fn main() -> ExitCode {
-    let mut arguments = Arguments::from_args();
-    arguments.test_threads = arguments.test_threads.or(Some(1));
-    let reason = if !nix::unistd::geteuid().is_root() {
-        Some("skipped: needs root")
-    } else if !Path::new("/sys/bus/event_source/devices/kprobe").exists() {
-        Some("skipped: no kprobes in this kernel")
-    } else {
-        None
-    };
-    let both = [("trampolines", Probes::Cheapest), ("kprobes", Probes::Kprobes)];
-    let trials = both.into_iter().flat_map(|(means, probes)| {
-        TESTS.map(|(name, test)| {
-            Trial::test(format!("{means}::{name}"), move || {
-                test(probes);
-                Ok(())
-            })
-            .with_ignored_flag(reason.is_some())
-            .with_kind(reason.unwrap_or_default())
-        })
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+    harness::run_singly(TESTS.as_flattened().iter().copied())
 }
 
 /// What a pod on the left sends to one on the right is recorded, and so is what the functions see of it.

@@ -1,6 +1,7 @@
 //! Attaching, detaching, counting, and that nothing stays behind.
 
 use std::{
+    ffi::OsString,
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -17,16 +18,7 @@ use calitrace_tests::{
     stand_in::{self, Action, Side},
 };
 
-use crate::net::{DEVICE, End, LEFT, Net, RIGHT, Watch, patience, root, run};
-
-/// Whether the kernel has TCX (6.6 and newer); if not, says so.
-fn tcx() -> bool {
-    let there = SchedClassifier::query_tcx("lo", TcAttachType::Ingress).is_ok();
-    if !there {
-        println!("skipped: no TCX in this kernel");
-    }
-    there
-}
+use crate::net::{DEVICE, End, LEFT, Net, RIGHT, Watch, patience, run};
 
 /// Names of the TCX programs on an end's device; none where the kernel has no TCX.
 fn tcx_programs(end: &End) -> Vec<String> {
@@ -86,11 +78,7 @@ fn adds_up(count: &Count) {
     );
 }
 
-#[test]
-fn nothing_is_left_after_detaching() {
-    if !root() {
-        return;
-    }
+pub(crate) fn nothing_is_left_after_detaching() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     assert_eq!(programs(&net.left), ["calitrace_workl"]);
@@ -100,11 +88,7 @@ fn nothing_is_left_after_detaching() {
     assert_eq!(programs(&net.right), Vec::<String>::new());
 }
 
-#[test]
-fn counts_survive_detaching_and_slots_are_used_again() {
-    if !root() {
-        return;
-    }
+pub(crate) fn counts_survive_detaching_and_slots_are_used_again() {
     let net = Net::new();
     let mut watch = Watch::new(&Config::default());
     watch
@@ -142,11 +126,7 @@ fn counts_survive_detaching_and_slots_are_used_again() {
     );
 }
 
-#[test]
-fn traffic_out_of_scope_is_counted_only() {
-    if !root() {
-        return;
-    }
+pub(crate) fn traffic_out_of_scope_is_counted_only() {
     let net = Net::new();
     let mut watch = Watch::new(&Config::default());
     watch
@@ -162,11 +142,7 @@ fn traffic_out_of_scope_is_counted_only() {
     assert_eq!(count.counters.recorded, 0);
 }
 
-#[test]
-fn a_full_ring_refuses_and_counts() {
-    if !root() {
-        return;
-    }
+pub(crate) fn a_full_ring_refuses_and_counts() {
     let net = Net::new();
     // Nobody drains this ring: a page holds 30 records of 128 bytes with their headers.
     let mut kernel = Kernel::load(&Config {
@@ -193,11 +169,7 @@ fn a_full_ring_refuses_and_counts() {
     );
 }
 
-#[test]
-fn an_interface_that_is_gone_is_no_error() {
-    if !root() {
-        return;
-    }
+pub(crate) fn an_interface_that_is_gone_is_no_error() {
     let net = Net::new();
     let mut kernel = Kernel::load(&Config::default()).unwrap();
     let left = &net.left;
@@ -226,11 +198,7 @@ fn an_interface_that_is_gone_is_no_error() {
     assert_eq!(kernel.attached().count(), 0);
 }
 
-#[test]
-fn another_program_in_front_is_noticed() {
-    if !root() || !tcx() {
-        return;
-    }
+pub(crate) fn another_program_in_front_is_noticed() {
     let net = Net::new();
     let right = &net.right;
     let mut ours = Kernel::load(&Config::default()).unwrap();
@@ -265,11 +233,7 @@ fn another_program_in_front_is_noticed() {
     }
 }
 
-#[test]
-fn without_btf_only_tc_observes_and_namespaces_are_told_apart() {
-    if !root() {
-        return;
-    }
+pub(crate) fn without_btf_only_tc_observes_and_namespaces_are_told_apart() {
     let net = Net::new();
     let empty = tempfile::NamedTempFile::new().unwrap();
     for path in [PathBuf::from("/nonexistent/btf"), empty.path().to_owned()] {
@@ -301,11 +265,7 @@ fn without_btf_only_tc_observes_and_namespaces_are_told_apart() {
     }
 }
 
-#[test]
-fn programs_load_with_their_log_messages_too() {
-    if !root() {
-        return;
-    }
+pub(crate) fn programs_load_with_their_log_messages_too() {
     let net = Net::new();
     // The verifier keeps the calls that it otherwise removes.
     let mut watch = Watch::new(&Config {
@@ -334,11 +294,7 @@ fn programs_load_with_their_log_messages_too() {
     watch.finish();
 }
 
-#[test]
-fn a_ring_of_no_legal_size_is_refused() {
-    if !root() {
-        return;
-    }
+pub(crate) fn a_ring_of_no_legal_size_is_refused() {
     let error = Kernel::load(&Config {
         ring_bytes: 5000,
         ..Config::default()
@@ -348,59 +304,65 @@ fn a_ring_of_no_legal_size_is_refused() {
     assert!(error.to_string().contains("5000"), "{error:#}");
 }
 
-/// Not a test of its own: what `attach_in_another_process` runs.
-#[test]
-fn attach_and_wait_to_be_killed() {
-    let (Ok(namespace), Ok(ifindex)) = (
-        std::env::var("CALITRACE_TEST_NETNS"),
-        std::env::var("CALITRACE_TEST_IFINDEX"),
-    ) else {
-        return;
-    };
-    let ns = calitrace::netns::Handle::open(namespace.as_ref()).unwrap();
-    let tcx = std::env::var("CALITRACE_TEST_METHOD").unwrap() == "tcx";
+/// What a process of its own, begun by [`attach_in_another_process`], attaches to.
+pub(crate) struct Target {
+    netns: OsString,
+    ifindex: u32,
+    tcx: bool,
+}
+
+const TOLD: [&str; 3] = [
+    "CALITRACE_TEST_NETNS",
+    "CALITRACE_TEST_IFINDEX",
+    "CALITRACE_TEST_METHOD",
+];
+
+impl Target {
+    /// What this process was told to attach to; `None` if it is a test run.
+    pub(crate) fn told() -> Option<Self> {
+        let [netns, ifindex, method] = TOLD.map(std::env::var_os);
+        Some(Self {
+            netns: netns?,
+            ifindex: ifindex?.to_str()?.parse().ok()?,
+            tcx: method? == "tcx",
+        })
+    }
+}
+
+/// Attaches, says so, and holds on until its standard input closes.
+pub(crate) fn attach_and_wait_to_be_killed(target: &Target) {
+    let ns = calitrace::netns::Handle::open(target.netns.as_ref()).unwrap();
     let mut kernel = Kernel::load(&Config {
-        tcx,
+        tcx: target.tcx,
         ..Config::default()
     })
     .unwrap();
     kernel.attach_global().unwrap();
     kernel
-        .attach_tc(&ns, DEVICE, ifindex.parse().unwrap(), Hook::WorkloadEgress)
+        .attach_tc(&ns, DEVICE, target.ifindex, Hook::WorkloadEgress)
         .unwrap();
     println!("attached");
     // The parent kills it; if that has died, its end of the pipe closes.
     std::io::stdin().read_line(&mut String::new()).unwrap();
 }
 
-/// Runs [`attach_and_wait_to_be_killed`] and returns when it has attached.
+/// Begins a process that attaches to an end's device by `tcx` or `clsact`, and returns when it has.
 pub(crate) fn attach_in_another_process(end: &End, method: &str) -> Child {
+    let [netns, ifindex, by] = TOLD;
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "attaching::attach_and_wait_to_be_killed",
-            "--nocapture",
-        ])
-        .env("CALITRACE_TEST_NETNS", format!("/run/netns/{}", end.name))
-        .env("CALITRACE_TEST_IFINDEX", end.ifindex.to_string())
-        .env("CALITRACE_TEST_METHOD", method)
+        .env(netns, format!("/run/netns/{}", end.name))
+        .env(ifindex, end.ifindex.to_string())
+        .env(by, method)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(
-        lines.map_while(Result::ok).any(|line| line.contains("attached")),
-        "the child failed"
-    );
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "attached");
     child
 }
 
-#[test]
-fn nothing_is_left_after_a_kill() {
-    if !root() || !tcx() {
-        return;
-    }
+pub(crate) fn nothing_is_left_after_a_kill() {
     let net = Net::new();
     let mut child = attach_in_another_process(&net.left, "tcx");
     assert_eq!(programs(&net.left), ["calitrace_workl"]);

@@ -13,7 +13,7 @@ use calitrace_tests::{
 
 use crate::{
     attaching::attach_in_another_process,
-    net::{DEVICE, End, LEFT, Net, RIGHT, Watch, root, run},
+    net::{DEVICE, End, LEFT, Net, RIGHT, Watch, run},
 };
 
 const PORT: u16 = 7203;
@@ -51,11 +51,7 @@ fn send(net: &Net, to: Ipv4Addr) {
     net.left.udp(LEFT, 0).send_to(b"by clsact", (to, PORT)).unwrap();
 }
 
-#[test]
-fn a_qdisc_of_ours_goes_with_the_last_filter() {
-    if !root() {
-        return;
-    }
+pub(crate) fn a_qdisc_of_ours_goes_with_the_last_filter() {
     let net = Net::new();
     let mut watch = Watch::new(&config());
     watch.attach(&net.left, Hook::WorkloadEgress);
@@ -83,11 +79,7 @@ fn a_qdisc_of_ours_goes_with_the_last_filter() {
     assert!(!has_qdisc(&net.left), "{}", tc(&net.left, &["qdisc"]));
 }
 
-#[test]
-fn filters_of_others_before_and_after_ours_run_and_stay() {
-    if !root() {
-        return;
-    }
+pub(crate) fn filters_of_others_before_and_after_ours_run_and_stay() {
     let net = Net::new();
     let right = &net.right;
     let (before, after) = (Ipv4Addr::new(10, 99, 0, 3), Ipv4Addr::new(10, 99, 0, 4));
@@ -149,11 +141,7 @@ fn filters_of_others_before_and_after_ours_run_and_stay() {
     assert!(has_qdisc(right), "theirs");
 }
 
-#[test]
-fn egress_is_not_observed_on_an_ingress_qdisc() {
-    if !root() {
-        return;
-    }
+pub(crate) fn egress_is_not_observed_on_an_ingress_qdisc() {
     let net = Net::new();
     run(&format!("tc -n {} qdisc add dev {DEVICE} ingress", net.left.name));
     let mut watch = Watch::new(&config());
@@ -167,11 +155,7 @@ fn egress_is_not_observed_on_an_ingress_qdisc() {
     assert!(tc(&net.left, &["qdisc", "show", "dev", DEVICE]).contains("ingress"));
 }
 
-#[test]
-fn what_a_killed_run_left_is_found_and_swept_and_nothing_else() {
-    if !root() {
-        return;
-    }
+pub(crate) fn what_a_killed_run_left_is_found_and_swept_and_nothing_else() {
     let net = Net::new();
     let kill = |end: &End| {
         let mut child = attach_in_another_process(end, "clsact");
@@ -205,11 +189,7 @@ fn what_a_killed_run_left_is_found_and_swept_and_nothing_else() {
     assert!(has_qdisc(&net.right), "theirs is on it");
 }
 
-#[test]
-fn a_filter_that_somebody_took_away_is_missed() {
-    if !root() {
-        return;
-    }
+pub(crate) fn a_filter_that_somebody_took_away_is_missed() {
     let net = Net::new();
     let mut watch = Watch::new(&config());
     watch.attach(&net.right, Hook::WorkloadIngress);

@@ -24,22 +24,6 @@ pub(crate) const RIGHT: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 2);
 pub(crate) const LEFT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 1);
 pub(crate) const RIGHT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x99, 0, 0, 0, 0, 0, 2);
 
-/// Whether the test can run; if not, says why.
-pub(crate) fn root() -> bool {
-    let root = nix::unistd::geteuid().is_root();
-    if !root {
-        println!("skipped: loading eBPF programs needs root");
-    }
-    root
-}
-
-/// Whether the kernel gives reasons for drops (5.17 and newer): its type information has a name for them.
-pub(crate) fn drop_reasons() -> bool {
-    let types = std::fs::read("/sys/kernel/btf/vmlinux").unwrap();
-    let name = b"skb_drop_reason";
-    types.windows(name.len()).any(|window| window == name)
-}
-
 /// How long to wait for what must come.
 pub(crate) fn patience() -> Duration {
     let scale = std::env::var("CALITRACE_TIME_SCALE")

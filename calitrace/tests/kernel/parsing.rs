@@ -7,7 +7,7 @@ use calitrace::{
     kernel::Config,
 };
 
-use crate::net::{LEFT, LEFT6, Net, RIGHT, RIGHT6, Watch, root};
+use crate::net::{LEFT, LEFT6, Net, RIGHT, RIGHT6, Watch};
 
 const INNER_SRC: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const INNER_DST: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 1);
@@ -73,11 +73,7 @@ fn payload(seen: &Observation, size: u32) -> bool {
     matches!(seen.packet.transport, Transport::Udp { payload, .. } if payload == size)
 }
 
-#[test]
-fn vxlan_gives_inner_and_outer_header() {
-    if !root() {
-        return;
-    }
+pub(crate) fn vxlan_gives_inner_and_outer_header() {
     let net = Net::new();
     let mut watch = uplinks(&net);
     let from = net.left.udp(LEFT, 0);
@@ -132,11 +128,7 @@ fn vxlan_gives_inner_and_outer_header() {
     }
 }
 
-#[test]
-fn ipip_gives_inner_and_outer_header() {
-    if !root() {
-        return;
-    }
+pub(crate) fn ipip_gives_inner_and_outer_header() {
     let net = Net::new();
     let mut watch = uplinks(&net);
     let inner = udp(1000, 2000, b"inner");
@@ -171,11 +163,7 @@ fn ipip_gives_inner_and_outer_header() {
 }
 
 /// A router between the nodes answers a packet of the tunnel: the record tells of the packet inside.
-#[test]
-fn an_error_about_a_tunnelled_packet_tells_of_the_packet_inside() {
-    if !root() {
-        return;
-    }
+pub(crate) fn an_error_about_a_tunnelled_packet_tells_of_the_packet_inside() {
     let net = Net::new();
     let mut watch = uplinks(&net);
     let icmp = net.left.raw(libc::AF_INET, libc::IPPROTO_ICMP);
@@ -237,11 +225,7 @@ fn an_error_about_a_tunnelled_packet_tells_of_the_packet_inside() {
     assert_eq!(last.encap.unwrap().kind, EncapKind::Ipip);
 }
 
-#[test]
-fn a_pods_own_tunnel_is_its_payload() {
-    if !root() {
-        return;
-    }
+pub(crate) fn a_pods_own_tunnel_is_its_payload() {
     let net = Net::new();
     let mut watch = uplinks(&net);
     watch
@@ -260,11 +244,7 @@ fn a_pods_own_tunnel_is_its_payload() {
     );
 }
 
-#[test]
-fn ip_options_and_extension_headers_are_stepped_over() {
-    if !root() {
-        return;
-    }
+pub(crate) fn ip_options_and_extension_headers_are_stepped_over() {
     let net = Net::new();
     let mut watch = uplinks(&net);
     let ipip = net.left.raw(libc::AF_INET, libc::IPPROTO_IPIP);
@@ -292,11 +272,7 @@ fn ip_options_and_extension_headers_are_stepped_over() {
     );
 }
 
-#[test]
-fn later_fragments_have_no_transport() {
-    if !root() {
-        return;
-    }
+pub(crate) fn later_fragments_have_no_transport() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     // 2,960 bytes of UDP, header included: two fragments, as large as the link takes, and one of what is left.

@@ -6,8 +6,9 @@ use std::{
 };
 
 use calitrace::event::{Hook, Observation, QuotedTransport, Transport};
+use calitrace_tests::needs;
 
-use crate::net::{DEVICE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Watch, drop_reasons, root};
+use crate::net::{DEVICE, LEFT, LEFT6, Net, RIGHT, RIGHT6, Watch};
 
 fn udp_port(seen: &Observation) -> Option<u16> {
     match seen.packet.transport {
@@ -16,11 +17,7 @@ fn udp_port(seen: &Observation) -> Option<u16> {
     }
 }
 
-#[test]
-fn udp_has_the_same_key_at_both_ends() {
-    if !root() {
-        return;
-    }
+pub(crate) fn udp_has_the_same_key_at_both_ends() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     let from = net.left.udp(LEFT, 0);
@@ -62,11 +59,7 @@ fn udp_has_the_same_key_at_both_ends() {
     }
 }
 
-#[test]
-fn payloads_that_differ_have_other_digests() {
-    if !root() {
-        return;
-    }
+pub(crate) fn payloads_that_differ_have_other_digests() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     let from = net.left.udp(LEFT, 0);
@@ -78,11 +71,7 @@ fn payloads_that_differ_have_other_digests() {
     assert_eq!(digests.len(), 16);
 }
 
-#[test]
-fn udp_over_ipv6() {
-    if !root() {
-        return;
-    }
+pub(crate) fn udp_over_ipv6() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     let from = net.left.udp(LEFT6, 0);
@@ -97,11 +86,7 @@ fn udp_over_ipv6() {
     );
 }
 
-#[test]
-fn tcp_sequence_numbers_follow_the_bytes() {
-    if !root() {
-        return;
-    }
+pub(crate) fn tcp_sequence_numbers_follow_the_bytes() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     let listener = net
@@ -146,11 +131,7 @@ fn tcp_sequence_numbers_follow_the_bytes() {
     assert_eq!(data.packet.digest, 0);
 }
 
-#[test]
-fn echo_has_identifier_and_sequence_number() {
-    if !root() {
-        return;
-    }
+pub(crate) fn echo_has_identifier_and_sequence_number() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     for (destination, length) in [(IpAddr::from(RIGHT), 84), (IpAddr::from(RIGHT6), 104)] {
@@ -168,11 +149,7 @@ fn echo_has_identifier_and_sequence_number() {
     }
 }
 
-#[test]
-fn an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason() {
-    if !root() {
-        return;
-    }
+pub(crate) fn an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     // Answers come back the other way.
@@ -226,7 +203,10 @@ fn an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason() {
             seen.hook == Hook::KfreeSkb && udp_port(seen) == Some(7005) && seen.packet.src == source
         });
         let drop = drops[0].drop.as_ref().unwrap();
-        assert_eq!(drop.reason.as_deref(), drop_reasons().then_some("NO_SOCKET"));
+        assert_eq!(
+            drop.reason.as_deref(),
+            needs::has_drop_reasons().then_some("NO_SOCKET")
+        );
         assert!(drop.location.as_deref().unwrap().contains("udp"), "{drop:?}");
         assert_eq!(drops[0].netns, net.right.ns.inode());
         assert_eq!(drops[0].ifindex, net.right.ifindex);
@@ -235,11 +215,7 @@ fn an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason() {
     }
 }
 
-#[test]
-fn other_protocols_have_addresses_number_and_digest() {
-    if !root() {
-        return;
-    }
+pub(crate) fn other_protocols_have_addresses_number_and_digest() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);
     net.left

@@ -23,6 +23,8 @@ pub struct TcpCounts {
     pub segments_in: u32,
     /// Segments sent again.
     pub retransmitted: u32,
+    /// Bytes of data sent, those sent again counted again (4.19 and later).
+    pub bytes_out: u64,
 }
 
 /// One connection, as one of its ends saw it.
@@ -226,11 +228,13 @@ fn tcp_info(socket: RawFd) -> Result<(u8, TcpCounts)> {
         std::io::Error::last_os_error()
     );
     let number = |at: usize| u32::from_ne_bytes([info[at], info[at + 1], info[at + 2], info[at + 3]]);
-    // tcpi_state, tcpi_total_retrans, tcpi_segs_out and tcpi_segs_in (4.2 and later).
+    ensure!(size >= 208, "TCP_INFO has {size} bytes: a kernel before 4.19");
+    // tcpi_state, tcpi_total_retrans, tcpi_segs_out and tcpi_segs_in (4.2 and later), tcpi_bytes_sent.
     let counts = TcpCounts {
         retransmitted: number(100),
         segments_out: number(136),
         segments_in: number(140),
+        bytes_out: u64::from_ne_bytes(std::array::from_fn(|byte| info[200 + byte])),
     };
     Ok((info[0], counts))
 }
