@@ -2,9 +2,9 @@
 //! numbers (RFC 792, RFC 4443, RFC 9293).
 
 use super::{
-    AnswerKind, key,
+    AnswerKind, LOWEST_ORDINARY_TTL, key,
     key::Part,
-    open::{Open, OpenTraces, Seen},
+    open::{Open, OpenTraces, Reached, Seen},
     topology::Place,
 };
 use crate::event::{Flow, Hook, Packet, Transport};
@@ -111,6 +111,14 @@ pub(super) fn of_icmp(packet: &Packet) -> Option<(AnswerKind, u8, u8)> {
         _ => return None,
     };
     Some((kind, icmp_type, code))
+}
+
+/// Whether an answer from afar may still tell more of a trace: of a traceroute's probe who answers, and of what left for
+/// somebody who is not observed whether he does.
+pub(super) fn is_awaited(trace: &Open) -> bool {
+    let asks = is_syn(trace) || matches!(trace.part, Part::Echo { reply: false, .. });
+    let probes = trace.packet.ttl < LOWEST_ORDINARY_TTL;
+    trace.answered.is_none() && (probes || (asks && trace.reached == Reached::Outside))
 }
 
 fn is_syn(trace: &Open) -> bool {

@@ -45,6 +45,9 @@ pub struct Config {
     pub drain_period: u64,
 }
 
+/// traceroute's default highest TTL is 30, ordinary systems send with 64 and more: what is first seen with less may be a
+/// probe.
+pub(crate) const LOWEST_ORDINARY_TTL: u8 = 32;
 /// Packet traces that may be open at once. Beyond it the oldest is closed as unknown.
 const MAX_OPEN: usize = 200_000;
 
@@ -238,23 +241,27 @@ impl Correlator {
 
     /// A packet answers a trace.
     fn answered(&mut self, found: answer::Match, observation: &Observation) {
-        let topology = &self.topology;
         let (kind, address) = (found.kind, observation.packet.src);
         let trace = self.open.get_mut(found.index);
+        let awaited = answer::is_awaited(trace);
         trace.answered = Some(Answered {
             kind,
             address,
             rtt: None,
             icmp: found.icmp,
         });
-        if !matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck) {
+        let by_destination = matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck);
+        if awaited || !by_destination {
             self.hold(found.index, Hold::Ended, observation.time);
+        }
+        if !by_destination {
             return;
         }
-        // The destination itself answers: the packet got there, out of sight. Past the hooks of a pod's interface where
+        let trace = self.open.get_mut(found.index);
+        // The packet got there, out of sight. Past the hooks of a pod's interface where
         // another TC program hands it on (bpf_redirect_peer), or while a hook was away; and masqueraded packets leave a
         // node out of sight, since no address of theirs is a pod's then.
-        let last = trace.last();
+        let (topology, last) = (&self.topology, trace.last());
         if trace.reached == Reached::Nothing && trace.current.dst == address {
             trace.reached = if topology.node_of(trace.cluster, address).is_some() {
                 Reached::Node
@@ -371,10 +378,17 @@ impl Correlator {
         }
     }
 
-    /// Moves the deadline of a trace. One that has reached its end is never held longer than that takes.
+    /// Moves the deadline of a trace. One that has reached its end is never held longer than that takes, and than an
+    /// answer may take.
     fn hold(&mut self, index: u32, hold: Hold, time: u64) {
         let id: Id = self.open.id(index);
-        self.open.get_mut(index).close_at = self.timers.set(id, hold, time);
+        let trace = self.open.get_mut(index);
+        let hold = if hold != Hold::Begun && answer::is_awaited(trace) {
+            Hold::Awaiting
+        } else {
+            hold
+        };
+        trace.close_at = self.timers.set(id, hold, time);
     }
 }
 

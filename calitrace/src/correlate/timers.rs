@@ -14,19 +14,21 @@ pub(super) enum Hold {
     Delivered,
     /// It was dropped, left or was answered: the answer, or its arrival back at the sender, may follow.
     Ended,
+    /// It ended where it may be answered from afar, and was not yet. As long as a packet may be under way.
+    Awaiting,
     /// It began: nothing takes longer.
     Begun,
 }
 
 impl Hold {
-    const ALL: [Self; 3] = [Self::Delivered, Self::Ended, Self::Begun];
+    const ALL: [Self; 4] = [Self::Delivered, Self::Ended, Self::Awaiting, Self::Begun];
 
     /// Nanoseconds.
     pub(super) const fn length(self) -> u64 {
         match self {
             Self::Delivered => 50 * MILLISECOND,
             Self::Ended => 80 * MILLISECOND,
-            Self::Begun => 2000 * MILLISECOND,
+            Self::Awaiting | Self::Begun => 2000 * MILLISECOND,
         }
     }
 }

@@ -7,15 +7,11 @@
 use std::net::IpAddr;
 
 use super::{
-    AnswerKind, Verdict,
+    AnswerKind, LOWEST_ORDINARY_TTL, Verdict,
     open::{Open, Reached},
     topology::{Next, Topology},
 };
 use crate::event::{EncapKind, Hook};
-
-/// Ordinary systems send with a TTL of 64 and more, traceroute with less than this. From there on an outer header's TTL
-/// does not run out before it is at the other node, unless the routers between them send it around in circles.
-const LOWEST_ORDINARY_TTL: u8 = 32;
 
 /// What a router between the nodes said of the packet's outer header.
 #[derive(Clone, Copy, Debug)]

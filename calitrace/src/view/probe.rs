@@ -15,18 +15,15 @@ use super::{
     way,
 };
 use crate::{
-    correlate::{AnswerKind, PacketTrace, Verdict},
+    correlate::{AnswerKind, LOWEST_ORDINARY_TTL, PacketTrace, Verdict},
     event::Flow,
 };
 
-/// traceroute's default highest TTL is 30, ordinary systems send with 64 and more.
-const LOWEST_ORDINARY_TTL: u8 = 32;
 /// A longer gap ends a run. traceroute waits up to 5 s for an answer and sends the next probe a little after that.
 const GAP: u64 = 5 * SECOND + SECOND / 2;
-/// Silence after which an answered run is over.
-const SILENCE: u64 = SECOND;
-/// Every packet trace has closed this long after the packet's first observation (2 s, and what the drain adds).
-const ALL_CLOSED: u64 = 2 * SECOND + 200_000_000;
+/// Every packet trace has closed this long after the packet's first observation: an answer is awaited for 2 s from where
+/// the packet ended, and then its way back, and the drain adds its period.
+const ALL_CLOSED: u64 = 2 * SECOND + 300_000_000;
 /// Probes of a run: 31 TTLs with 10 each, the most that traceroute sends for a TTL, and as many to the receiver.
 const MOST: usize = 620;
 /// Runs that were over are remembered for this long, for answers that close late.
@@ -54,7 +51,6 @@ pub(super) struct Runs {
 struct Run {
     /// In the order they were sent.
     probes: Vec<Arc<PacketTrace>>,
-    last_closed: u64,
 }
 
 impl Runs {
@@ -75,7 +71,6 @@ impl Runs {
             .probes
             .partition_point(|other| other.start_monotonic <= trace.start_monotonic);
         run.probes.insert(place, Arc::clone(trace));
-        run.last_closed = run.last_closed.max(trace.closed_monotonic);
         true
     }
 
@@ -135,16 +130,14 @@ impl Run {
         over.then(|| std::mem::take(&mut self.probes))
     }
 
+    /// A probe that nobody answers closes long after those sent with it, so an answered run is over when none can be open
+    /// any more. With a probe less on one line than on another, more of them may come until the gap is too long.
     fn is_over(&self, now: u64, last: u64) -> bool {
-        if now >= last.saturating_add(GAP) {
-            return true;
-        }
-        let silent = now >= self.last_closed.saturating_add(SILENCE);
-        let all_closed = now >= last.saturating_add(ALL_CLOSED);
-        silent && receiver(&self.probes).is_some_and(|ttl| all_closed || self.is_even(ttl))
+        let answered = || receiver(&self.probes).is_some_and(|ttl| self.is_even(ttl));
+        now >= last.saturating_add(GAP) || (now >= last.saturating_add(ALL_CLOSED) && answered())
     }
 
-    /// Whether each line has as many probes as the first, so that none is still under way.
+    /// Whether each line has as many probes as the first.
     fn is_even(&self, lines: u8) -> bool {
         let count = |ttl| self.probes.iter().filter(|probe| probe.ttl == ttl).count();
         let first = count(1);
