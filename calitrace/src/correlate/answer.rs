@@ -136,7 +136,7 @@ fn first(
     let traces = open.by_reference(cluster, flow, tag);
     traces.iter().copied().find(|index| {
         let trace = open.get(*index);
-        (trace.flow == *flow || trace.current == *flow) && trace.answered.is_none() && like(trace)
+        trace.has_flow(flow) && trace.answered.is_none() && like(trace)
     })
 }
 
@@ -160,6 +160,6 @@ fn reset(open: &OpenTraces, cluster: u32, flow: &Flow, ack: Option<u32>, seq: u3
             Some(ack) => start.wrapping_add(numbers) == ack,
             None => flags & ACK != 0 && acknowledged == seq,
         };
-        answers && trace.answered.is_none() && (trace.flow == *flow || trace.current == *flow)
+        answers && trace.answered.is_none() && trace.has_flow(flow)
     })
 }

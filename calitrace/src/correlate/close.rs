@@ -29,7 +29,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         flow: FlowName {
             flow: open.flow,
             src_pod: pod(open.flow.src),
-            dst_pod: pod(open.current.dst),
+            dst_pod: pod(open.current().dst),
         },
         start: topology.realtime(first.time),
         length: open.packet.length,
@@ -93,7 +93,7 @@ fn learn(open: &Open, topology: &mut Topology) {
     if open.reached == Reached::Outside
         && last.ttl == 1
         && let Some(remote) = topology
-            .beyond(last.node, open.current.dst)
+            .beyond(last.node, open.current().dst)
             .and_then(|beyond| beyond.remote_node)
     {
         topology.show(last.node, remote, answered.address);

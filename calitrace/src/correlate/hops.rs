@@ -48,6 +48,19 @@ pub(super) fn handed_on_from<'a>(trace: &'a Open, topology: &Topology) -> Option
     (last.is_ingress() && !others.is_empty() && trace.drop.is_none()).then_some(last)
 }
 
+/// The TTL that an ordinary packet began with: systems send with 64, 128 or 255. What comes with less than probes have is
+/// taken for one.
+fn ttl_at_sender(ttl: u8) -> u8 {
+    if ttl <= TRACEROUTE_TTL {
+        return ttl;
+    }
+    match ttl {
+        ..=64 => 64,
+        65..=128 => 128,
+        129.. => 255,
+    }
+}
+
 struct Way<'a> {
     trace: &'a Open,
     topology: &'a Topology,
@@ -73,6 +86,14 @@ impl<'a> Way<'a> {
             left: None,
         };
         let source = trace.flow.src;
+        // Translated before it was first seen: a service's answer, or a pod's packet that goes out under the node's address,
+        // which forwarding shows. Who sent it, and what it passed, is not known; only how many routers those were.
+        let masqueraded =
+            first.is_egress() && topology.is_own(first.node, source) && first.ttl != ttl_at_sender(first.ttl);
+        if topology.is_service(source) || masqueraded {
+            way.ttl = ttl_at_sender(first.ttl);
+            return way;
+        }
         if way.is_sender(first, source) {
             return way;
         }
@@ -188,7 +209,7 @@ impl<'a> Way<'a> {
         else {
             return;
         };
-        let beyond = self.topology.beyond(node, self.trace.current.dst);
+        let beyond = self.topology.beyond(node, self.trace.current().dst);
         let gateway = beyond
             .filter(|beyond| beyond.encap.is_none())
             .and_then(|beyond| beyond.gateway);
@@ -206,7 +227,7 @@ impl<'a> Way<'a> {
 
     /// Whether the packet was on its way in at the node that it is for.
     fn is_receiver(&self, seen: &Seen) -> bool {
-        self.trace.reached == Reached::Node && self.topology.is_own(seen.node, self.trace.current.dst)
+        self.trace.reached == Reached::Node && self.topology.is_own(seen.node, self.trace.current().dst)
     }
 
     /// What the node's ICMP errors to the sender carry: the sender as this node sees it, which is before the node
@@ -242,8 +263,8 @@ impl<'a> Way<'a> {
             if trace.last().is_egress() {
                 return self.go_on(verdict);
             }
-            let owner = || self.topology.owner(trace.cluster, trace.current.dst);
-            let node = self.topology.node_of(trace.cluster, trace.current.dst);
+            let owner = || self.topology.owner(trace.cluster, trace.current().dst);
+            let node = self.topology.node_of(trace.cluster, trace.current().dst);
             let node = node.or_else(|| owner().map(|owner| owner.node));
             return self.receiver_inferred(node.and_then(|node| self.topology.name(node).cloned()));
         };
@@ -272,21 +293,23 @@ impl<'a> Way<'a> {
         let Some(last) = handed_on_from(self.trace, self.topology) else {
             return;
         };
-        let owner = self.topology.owner(self.trace.cluster, self.trace.current.dst);
+        let owner = self.topology.owner(self.trace.cluster, self.trace.current().dst);
         if owner.is_some_and(|owner| owner.node == last.node) {
             self.receiver_inferred(self.topology.name(last.node).cloned());
         }
     }
 
     fn pod(&self) -> Option<String> {
-        let owner = self.topology.owner(self.trace.cluster, self.trace.current.dst)?;
+        let owner = self
+            .topology
+            .owner(self.trace.cluster, self.trace.current().dst)?;
         owner.name
     }
 
     /// The way beyond the last node observed, as far as its routes tell.
     fn go_on(&mut self, verdict: Verdict) {
         let last = self.trace.last();
-        let destination = self.trace.current.dst;
+        let destination = self.trace.current().dst;
         let Some(beyond) = self.topology.beyond(last.node, destination) else {
             return;
         };
@@ -364,7 +387,7 @@ impl<'a> Way<'a> {
             return;
         };
         let by_receiver =
-            answered.address == self.trace.flow.dst || answered.address == self.trace.current.dst;
+            answered.address == self.trace.flow.dst || answered.address == self.trace.current().dst;
         let known = self.hops.iter().find(|hop| hop.address == Some(answered.address));
         let number = match (answered.kind, known) {
             // The TTL says which router it ran out at.

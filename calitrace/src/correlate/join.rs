@@ -53,6 +53,7 @@ impl<'a> Sight<'a> {
             hook: observation.hook,
             ttl: observation.packet.ttl,
             in_pod: self.place.in_pod,
+            flow: 0,
             encap: observation.encap,
         }
     }
@@ -77,7 +78,8 @@ pub(super) fn find(
     if let Some(index) = open.by_skb(sight.place.node, sight.observation.skb)
         && by_skb(sight, open.get(index), topology, translations)
     {
-        flow = open.get(index).current;
+        let trace = open.get(index);
+        flow = *trace.flow_at(trace.last_of(sight.part.interval()));
         joined.push(index);
     }
     if sight.part.is_stream() {
@@ -101,19 +103,15 @@ fn by_skb(sight: &Sight<'_>, trace: &Open, topology: &Topology, translations: &T
     {
         return false;
     }
-    if trace.current == sight.flow {
+    let before = trace.flow_at(last);
+    if *before == sight.flow {
         return trace.part.matches(&sight.part, false);
     }
     // Translated between ingress and egress, or dropped in between.
     last.is_ingress()
+        && last.interval == sight.part.interval()
         && trace.part.matches(&sight.part, true)
-        && translations.is_one(
-            topology,
-            trace.cluster,
-            sight.place.node,
-            &trace.current,
-            &sight.flow,
-        )
+        && translations.is_one(topology, trace.cluster, sight.place.node, before, &sight.flow)
 }
 
 /// The same content, the oldest first: packets of a flow keep their order. One that was seen to leave comes before one
@@ -122,7 +120,8 @@ fn by_content(sight: &Sight<'_>, open: &OpenTraces, cluster: u32) -> Option<u32>
     let mut missed = None;
     for index in open.by_content(cluster, &sight.flow, &sight.part) {
         let trace = open.get(*index);
-        if trace.current != sight.flow || !trace.part.matches(&sight.part, false) || !may_be(sight, trace) {
+        if *trace.current() != sight.flow || !trace.part.matches(&sight.part, false) || !may_be(sight, trace)
+        {
             continue;
         }
         if trace.last().is_egress() {
@@ -153,7 +152,8 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
         let free = taken
             .iter()
             .all(|other| key::overlap(start, length, other.0, other.1) == 0);
-        if free && trace.current == *flow && trace.part.matches(&sight.part, false) && may_be(sight, trace) {
+        let same_flow = trace.flow_at(trace.last_of(sight.part.interval())) == flow;
+        if free && same_flow && trace.part.matches(&sight.part, false) && may_be(sight, trace) {
             taken.push((start, length));
             joined.push(index);
         }
@@ -203,7 +203,7 @@ fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
         && observation.hook == Hook::KfreeSkb
         && observation.time <= last.time + life
         && observation.packet.ttl <= last.ttl
-        && trace.current == sight.flow
+        && *trace.flow_at(last) == sight.flow
         && trace.part.matches(&sight.part, false)
 }
 

@@ -36,7 +36,7 @@ pub use trace::{
     PacketTrace, SightedEncap, Sighting, Verdict,
 };
 
-use crate::event::{Hook, Item, Observation, Transport};
+use crate::event::{Flow, Hook, Item, Observation, Transport};
 
 /// Settings of a [`Correlator`].
 #[derive(Clone, Debug)]
@@ -162,8 +162,8 @@ impl Correlator {
             return;
         }
         for index in joined {
-            self.translate(index, &sight);
             let mut seen = sight.seen();
+            seen.flow = self.translate(index, &sight);
             if sight.place.cluster == NO_CLUSTER {
                 self.adopt(index, &mut seen);
             }
@@ -218,7 +218,7 @@ impl Correlator {
             packet: observation.packet.clone(),
             part: sight.part,
             flow: sight.flow,
-            current: sight.flow,
+            translated: Vec::new(),
             seen: Vec::with_capacity(6),
             waypoints: Vec::new(),
             translations: Vec::new(),
@@ -262,7 +262,7 @@ impl Correlator {
         // another TC program hands it on (bpf_redirect_peer), or while a hook was away; and masqueraded packets leave a
         // node out of sight, since no address of theirs is a pod's then.
         let (topology, last) = (&self.topology, trace.last());
-        if trace.reached == Reached::Nothing && trace.current.dst == address {
+        if trace.reached == Reached::Nothing && trace.current().dst == address {
             trace.reached = if topology.node_of(trace.cluster, address).is_some() {
                 Reached::Node
             } else if topology.owner(trace.cluster, address).is_some() {
@@ -277,13 +277,19 @@ impl Correlator {
         }
     }
 
-    /// The flow may have changed on the way.
-    fn translate(&mut self, index: u32, sight: &Sight<'_>) {
+    /// The flow may have changed on the way. Says which of the trace's flows the sighting has.
+    fn translate(&mut self, index: u32, sight: &Sight<'_>) -> u8 {
         let trace = self.open.get_mut(index);
-        if trace.current == sight.flow {
-            return;
+        let last = trace.last_of(sight.part.interval());
+        let (cluster, before) = (trace.cluster, *trace.flow_at(last));
+        if before == sight.flow {
+            return last.flow;
         }
-        let (cluster, before) = (trace.cluster, trace.current);
+        // Another piece of the same packet may have shown it already.
+        let after = |flow: &Flow| *flow == sight.flow;
+        if let Some(known) = trace.translated.iter().skip(last.flow.into()).position(after) {
+            return last.flow + u8::try_from(known + 1).unwrap_or(u8::MAX);
+        }
         trace.translations.extend(nat::steps(
             sight.place.node,
             trace.seen.len(),
@@ -292,6 +298,7 @@ impl Correlator {
         ));
         self.translations.remember(cluster, &before, &sight.flow);
         self.open.translate(index, sight.flow);
+        u8::try_from(self.open.get(index).translated.len()).unwrap_or(u8::MAX)
     }
 
     /// What the last sighting says about where the packet got to.
@@ -300,7 +307,7 @@ impl Correlator {
         let (topology, trace) = (&self.topology, self.open.get_mut(index));
         let at = trace.seen.len() - 1;
         let last = &trace.seen[at];
-        let (time, node, destination) = (last.time, last.node, trace.current.dst);
+        let (time, node, destination) = (last.time, last.node, sight.flow.dst);
         let reached = match last.hook {
             Hook::KfreeSkb => {
                 let Some(drop) = &sight.observation.drop else {

@@ -40,11 +40,9 @@ impl Translations {
         }
         let destination = before.dst != after.dst || before.dst_port != after.dst_port;
         let source = before.src != after.src || before.src_port != after.src_port;
-        let service_in =
-            destination && (topology.is_service(before.dst) || topology.is_own(node, before.dst));
-        let service_out = source && (topology.is_service(after.src) || topology.is_own(node, after.src));
-        service_in
-            || service_out
+        // Each side that changed needs its own reason: a service, or the node itself.
+        let known = |address| topology.is_service(address) || topology.is_own(node, address);
+        (!destination || known(before.dst)) && (!source || known(after.src))
             || self.reverse(cluster, before) == Some(after)
             || self.is_announced(node, before, after)
     }

@@ -37,6 +37,8 @@ pub(super) struct Seen {
     pub(super) hook: Hook,
     pub(super) ttl: u8,
     pub(super) in_pod: bool,
+    /// Which of the trace's flows it had: 0 is the sender's, then those after each translation.
+    pub(super) flow: u8,
     pub(super) encap: Option<Encap>,
 }
 
@@ -92,8 +94,8 @@ pub(super) struct Open {
     pub(super) part: Part,
     /// The flow as the sender wrote it.
     pub(super) flow: Flow,
-    /// The flow as it is now.
-    pub(super) current: Flow,
+    /// The flows it was translated to. The pieces of a cut packet come to it one by one, so each sighting has its own.
+    pub(super) translated: Vec<Flow>,
     pub(super) seen: Vec<Seen>,
     /// What functions of the kernel showed of it.
     pub(super) waypoints: Vec<Waypoint>,
@@ -120,6 +122,29 @@ impl Open {
 
     pub(super) fn last(&self) -> &Seen {
         &self.seen[self.seen.len() - 1]
+    }
+
+    /// The flow after all translations so far.
+    pub(super) fn current(&self) -> &Flow {
+        self.translated.last().unwrap_or(&self.flow)
+    }
+
+    /// The flow that it had at a sighting.
+    pub(super) fn flow_at(&self, seen: &Seen) -> &Flow {
+        match seen.flow {
+            0 => &self.flow,
+            later => &self.translated[usize::from(later) - 1],
+        }
+    }
+
+    /// All flows that it has had, the sender's first.
+    pub(super) fn flows(&self) -> impl Iterator<Item = &Flow> {
+        std::iter::once(&self.flow).chain(&self.translated)
+    }
+
+    /// Whether it has had this flow.
+    pub(super) fn has_flow(&self, flow: &Flow) -> bool {
+        self.flows().any(|own| own == flow)
     }
 
     /// The last sighting that has bytes in common with `interval`; of anything but TCP data the last one.
@@ -210,7 +235,7 @@ impl OpenTraces {
         });
         self.slots[index as usize].open = Some(open);
         self.refer(index, cluster, &flow, part);
-        self.publish(index);
+        self.publish(index, &flow);
         index
     }
 
@@ -227,14 +252,16 @@ impl OpenTraces {
         self.skbs.insert((node, skb), index);
     }
 
-    /// The flow of a trace changes.
+    /// The flow of a trace changes. Pieces of it may still come with the former one.
     pub(super) fn translate(&mut self, index: u32, flow: Flow) {
-        self.conceal(index);
+        if !self.get(index).part.is_stream() {
+            self.conceal(index);
+        }
         let open = self.get_mut(index);
-        open.current = flow;
+        open.translated.push(flow);
         let (cluster, part) = (open.cluster, open.part);
         self.refer(index, cluster, &flow, part);
-        self.publish(index);
+        self.publish(index, &flow);
     }
 
     /// Nothing that comes by content can be this packet any more.
@@ -243,38 +270,45 @@ impl OpenTraces {
         if !std::mem::replace(&mut open.findable, false) {
             return;
         }
-        let (cluster, flow, part) = (open.cluster, open.current, open.part);
-        take(&mut self.content, key::content(cluster, &flow, &part), index);
-        if part.is_stream() {
+        let (cluster, part) = (open.cluster, open.part);
+        if !part.is_stream() {
+            let flow = *open.current();
+            return take(&mut self.content, key::content(cluster, &flow, &part), index);
+        }
+        let flows: SmallVec<[Flow; 2]> = open.flows().copied().collect();
+        for flow in flows {
             let stream = key::stream(cluster, &flow);
-            if let Some(starts) = self.streams.get_mut(&stream) {
-                let start = part.interval().0;
-                if let Some(bucket) = starts.starts.get_mut(&start) {
-                    bucket.retain(|other| *other != index);
-                    if bucket.is_empty() {
-                        starts.starts.remove(&start);
-                    }
+            let Some(starts) = self.streams.get_mut(&stream) else {
+                continue;
+            };
+            let start = part.interval().0;
+            if let Some(bucket) = starts.starts.get_mut(&start) {
+                bucket.retain(|other| *other != index);
+                if bucket.is_empty() {
+                    starts.starts.remove(&start);
                 }
-                if starts.starts.is_empty() {
-                    self.streams.remove(&stream);
-                }
+            }
+            if starts.starts.is_empty() {
+                self.streams.remove(&stream);
             }
         }
     }
 
-    fn publish(&mut self, index: u32) {
+    /// Lets it be found by its content as a packet of `flow`.
+    fn publish(&mut self, index: u32, flow: &Flow) {
         let open = self.get_mut(index);
         open.findable = true;
-        let (cluster, flow, part) = (open.cluster, open.current, open.part);
-        self.content
-            .entry(key::content(cluster, &flow, &part))
-            .or_default()
-            .push(index);
+        let (cluster, part) = (open.cluster, open.part);
         if part.is_stream() {
             let (start, len) = part.interval();
-            let stream = self.streams.entry(key::stream(cluster, &flow)).or_default();
+            let stream = self.streams.entry(key::stream(cluster, flow)).or_default();
             stream.starts.entry(start).or_default().push(index);
             stream.longest = stream.longest.max(len);
+        } else {
+            self.content
+                .entry(key::content(cluster, flow, &part))
+                .or_default()
+                .push(index);
         }
     }
 
@@ -311,14 +345,14 @@ impl OpenTraces {
                 self.skbs.remove(&skb);
             }
         }
-        for flow in [open.flow, open.current] {
+        for flow in open.flows() {
             take(
                 &mut self.references,
-                key::reference(open.cluster, &flow, open.part.tag()),
+                key::reference(open.cluster, flow, open.part.tag()),
                 index,
             );
             if open.part.is_resettable() {
-                take(&mut self.references, key::stream(open.cluster, &flow), index);
+                take(&mut self.references, key::stream(open.cluster, flow), index);
             }
         }
         open

@@ -5,9 +5,12 @@ use proptest::{collection::vec, prelude::*};
 
 use super::{
     Config, Correlator, Verdict, key,
-    properties::{BEGIN, DRAIN, POD, TUNNEL, UPLINK, facts, netns, pod_address},
+    properties::{
+        BEGIN, DRAIN, cases,
+        facts::{POD, TUNNEL, UPLINK, facts, netns, pod_address},
+    },
 };
-use crate::event::{Hook, Item, Observation, Packet, Transport};
+use crate::event::{EncapKind, Hook, Item, Observation, Packet, Transport};
 
 const SEGMENT: u32 = 1448;
 
@@ -82,8 +85,8 @@ fn pass(
             payload: unit.len,
         };
         let packet = Packet {
-            src: pod_address(0, 0).into(),
-            dst: pod_address(1, 0).into(),
+            src: pod_address(0, 0),
+            dst: pod_address(1, 0),
             proto: 6,
             ttl: 64 - lowered,
             tos: 0,
@@ -115,6 +118,8 @@ fn pass(
 }
 
 proptest! {
+    #![proptest_config(cases(2000))]
+
     #[test]
     fn every_byte_is_told_of_once_at_each_hook(
         lengths in vec(1..30_000_u32, 1..12),
@@ -145,7 +150,7 @@ proptest! {
 
         let mut correlator = Correlator::new(Config { drain_period: DRAIN });
         let mut traces = Vec::new();
-        for fact in facts(true) {
+        for fact in facts(Some(EncapKind::Vxlan)) {
             correlator.push(&Item::Fact(fact), &mut traces);
         }
         for (observation, _) in &seen {

@@ -63,7 +63,7 @@ pub(super) fn end(trace: &Open, topology: &Topology) -> Option<End> {
     if trace.drop.is_some() || trace.reached != Reached::Nothing || last.hook != Hook::UplinkEgress {
         return None;
     }
-    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current.dst) else {
+    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current().dst) else {
         return None;
     };
     let routers = topology.routers_between(last.node, next)?;
@@ -87,7 +87,7 @@ pub(super) fn may_have_expired(trace: &Open, topology: &Topology) -> bool {
     let Some(encap) = last.encap.filter(|encap| encap.kind == EncapKind::Ipip) else {
         return false;
     };
-    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current.dst) else {
+    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current().dst) else {
         return false;
     };
     encap.ttl < LOWEST_ORDINARY_TTL && topology.routers_between(last.node, next).is_none()

@@ -84,7 +84,7 @@ fn belongs(sight: &Sight<'_>, trace: &Open) -> bool {
     last.hook != Hook::KfreeSkb
         && since <= join::LIFE
         && observation.packet.ttl <= last.ttl
-        && trace.current.proto == sight.flow.proto
+        && trace.flow.proto == sight.flow.proto
         && trace.part.matches(&sight.part, true)
 }
 
