@@ -14,6 +14,7 @@ pub mod error;
 pub mod event;
 pub mod filter;
 pub mod kernel;
+mod netlink;
 pub mod netns;
 pub mod pipeline;
 pub mod route;

@@ -82,8 +82,8 @@ fn alone(encapsulation: Encapsulation) -> Result<()> {
         arguments.extend(only(&lab, &[&node.name]));
         let watch = Watch::start(&arguments)?;
         let ping = lab.ping("pod1", lab.pod("pod2")?.ip(), 3, &[])?;
-        ensure!(ping.received == 3, "{ping:?}");
         let packets = watch.stop()?.packets()?;
+        ensure!(ping.received == 3, "{ping:?}\n{packets:#?}");
         for (from, to) in [(POD1, POD2), (POD2, POD1)] {
             let seen: Vec<&Value> = packets
                 .iter()

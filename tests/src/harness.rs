@@ -18,10 +18,16 @@ pub fn run_singly(tests: impl IntoIterator<Item = Test>) -> ExitCode {
     run_with(&arguments, tests)
 }
 
+#[expect(clippy::print_stderr, reason = "what failed is told at once")]
 fn run_with(arguments: &Arguments, tests: impl IntoIterator<Item = Test>) -> ExitCode {
     let trials = tests.into_iter().map(|test| match test.readiness() {
         Readiness::Ready => Trial::test(test.name, move || {
-            (test.run)().map_err(|error| format!("{error:?}").into())
+            (test.run)().map_err(|error| {
+                let error = format!("{error:?}");
+                // At the end all errors are printed again, but a guest may not get there.
+                eprintln!("{}: {error}", test.name);
+                error.into()
+            })
         }),
         Readiness::Skipped(reason) => Trial::test(test.name, || Ok(()))
             .with_ignored_flag(true)

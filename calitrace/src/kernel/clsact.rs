@@ -6,16 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 use aya::programs::{TcAttachType, tc};
-use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::{
     RouteNetlinkMessage,
     tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption},
 };
-use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use crate::kernel::hooks;
+use crate::{kernel::hooks, netlink::Connection};
 
 /// Adds the qdisc; false if there was one.
 pub(super) fn add(ifname: &str) -> Result<bool> {
@@ -40,32 +38,24 @@ pub(super) fn remove_if_empty(ifindex: u32) -> Result<()> {
         minor: 0,
     };
     message.header.parent = TcHandle::CLSACT;
-    request(
-        RouteNetlinkMessage::DelQueueDiscipline(message),
-        NLM_F_ACK,
-        |_| (),
-    )
-    .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
+    Connection::here()?
+        .change(RouteNetlinkMessage::DelQueueDiscipline(message))
+        .with_context(|| format!("remove the clsact qdisc of interface {ifindex}"))
 }
 
 /// The interfaces that have a qdisc for filters, and its kind: `clsact`, or `ingress`, which takes the same place and has
 /// one direction only.
 pub(super) fn interfaces() -> Result<BTreeMap<u32, String>> {
-    let mut found = BTreeMap::new();
-    request(
-        RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default()),
-        NLM_F_DUMP,
-        |reply| {
-            if let RouteNetlinkMessage::NewQueueDiscipline(qdisc) = reply
-                && qdisc.header.handle.major == TcHandle::CLSACT.major
-                && let Ok(ifindex) = u32::try_from(qdisc.header.index)
-            {
-                found.insert(ifindex, kind(&qdisc.attributes));
-            }
-        },
-    )
-    .context("list the qdiscs")?;
-    Ok(found)
+    let request = RouteNetlinkMessage::GetQueueDiscipline(TcMessage::default());
+    let qdiscs = Connection::here()?.dump(&request, "qdiscs")?.into_iter();
+    Ok(qdiscs
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewQueueDiscipline(qdisc) => Some(qdisc),
+            _ => None,
+        })
+        .filter(|qdisc| qdisc.header.handle.major == TcHandle::CLSACT.major)
+        .filter_map(|qdisc| Some((u32::try_from(qdisc.header.index).ok()?, kind(&qdisc.attributes))))
+        .collect())
 }
 
 /// A filter on a clsact qdisc.
@@ -139,28 +129,27 @@ pub(super) fn filters(ifindex: u32, direction: TcAttachType) -> Result<Vec<Filte
         },
     };
     let parent = message.header.parent;
-    let mut found = Vec::new();
-    request(
-        RouteNetlinkMessage::GetTrafficFilter(message),
-        NLM_F_DUMP,
-        |reply| {
-            if let RouteNetlinkMessage::NewTrafficFilter(filter) = reply
-            // A classifier is announced once without a handle before its filters.
-            && filter.header.handle != TcHandle::UNSPEC
-            {
-                found.push(Filter {
-                    kind: kind(&filter.attributes),
-                    chain: chain(&filter.attributes),
-                    name: bpf_name(&filter.attributes),
-                    handle: filter.header.handle.into(),
-                    info: filter.header.info,
-                    parent,
-                });
-            }
-        },
-    )
-    .with_context(|| format!("list the TC filters of interface {ifindex}"))?;
-    Ok(found)
+    let request = RouteNetlinkMessage::GetTrafficFilter(message);
+    let filters = Connection::here()?
+        .dump(&request, "TC filters")
+        .with_context(|| format!("interface {ifindex}"))?
+        .into_iter();
+    Ok(filters
+        .filter_map(|message| match message {
+            RouteNetlinkMessage::NewTrafficFilter(filter) => Some(filter),
+            _ => None,
+        })
+        // A classifier is announced once without a handle before its filters.
+        .filter(|filter| filter.header.handle != TcHandle::UNSPEC)
+        .map(|filter| Filter {
+            kind: kind(&filter.attributes),
+            chain: chain(&filter.attributes),
+            name: bpf_name(&filter.attributes),
+            handle: filter.header.handle.into(),
+            info: filter.header.info,
+            parent,
+        })
+        .collect())
 }
 
 /// Takes a filter away.
@@ -169,7 +158,8 @@ pub(super) fn remove(ifindex: u32, filter: &Filter) -> Result<()> {
     message.header.handle = filter.handle.into();
     message.header.parent = filter.parent;
     message.header.info = filter.info;
-    request(RouteNetlinkMessage::DelTrafficFilter(message), NLM_F_ACK, |_| ())
+    Connection::here()?
+        .change(RouteNetlinkMessage::DelTrafficFilter(message))
         .with_context(|| format!("remove the TC filter {} of interface {ifindex}", filter.name))
 }
 
@@ -207,50 +197,6 @@ fn message(ifindex: u32) -> Result<TcMessage> {
     let mut message = TcMessage::default();
     message.header.index = i32::try_from(ifindex).context("interface index")?;
     Ok(message)
-}
-
-/// Sends one request and reads replies to its end.
-fn request(
-    message: RouteNetlinkMessage,
-    flags: u16,
-    mut reply: impl FnMut(&RouteNetlinkMessage),
-) -> Result<()> {
-    let mut socket = Socket::new(NETLINK_ROUTE).context("open a netlink socket")?;
-    socket.bind_auto().context("bind the netlink socket")?;
-    let mut request = NetlinkMessage::from(message);
-    request.header.flags = NLM_F_REQUEST | flags;
-    request.header.sequence_number = 1;
-    request.finalize();
-    let mut buffer = vec![0; request.buffer_len()];
-    request.serialize(&mut buffer);
-    socket
-        .send_to(&buffer, &SocketAddr::new(0, 0), 0)
-        .context("send a netlink request")?;
-    loop {
-        let (data, _) = socket.recv_from_full().context("read a netlink reply")?;
-        let mut rest = &data[..];
-        while !rest.is_empty() {
-            let answer =
-                NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).context("parse a netlink reply")?;
-            match &answer.payload {
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(error) => {
-                    return match error.code {
-                        None => Ok(()),
-                        Some(_) => Err(error.to_io().into()),
-                    };
-                }
-                NetlinkPayload::InnerMessage(message) => reply(message),
-                _ => {}
-            }
-            let length = (answer.header.length as usize).next_multiple_of(4);
-            match rest.get(length..) {
-                Some(next) if length > 0 => rest = next,
-                Some(_) => bail!("a netlink reply of no length"),
-                None => break,
-            }
-        }
-    }
 }
 
 #[cfg(test)]

@@ -16,8 +16,8 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage},
 };
 
-use super::{Address, Type, snapshot, socket::Connection};
-use crate::netns::Handle;
+use super::{Address, Type, snapshot};
+use crate::{netlink::Connection, netns::Handle};
 
 /// `IPTOS_PREC_INTERNETCONTROL`: the precedence of ICMP errors (net/ipv4/icmp.c, `__icmp_send`).
 const TOS_INTERNETCONTROL: u8 = 0xc0;

@@ -5,7 +5,6 @@ mod lookup;
 mod monitor;
 mod nsid;
 mod snapshot;
-mod socket;
 mod wireguard;
 
 use std::net::IpAddr;

@@ -10,8 +10,7 @@ use anyhow::{Context as _, Result};
 use netlink_sys::Socket;
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::socket;
-use crate::netns::Handle;
+use crate::{netlink, netns::Handle};
 
 /// Multicast groups (`enum rtnetlink_groups`, include/uapi/linux/rtnetlink.h): link, neighbour, TC, IPv4 and IPv6
 /// addresses and routes.
@@ -77,7 +76,7 @@ pub struct Monitor {
 impl Monitor {
     /// Begins to listen: changes after this call are told.
     pub fn open(handle: &Handle) -> Result<Self> {
-        let socket = socket::open(handle)?;
+        let socket = netlink::open(handle)?;
         socket
             .set_non_blocking(true)
             .context("make a netlink socket non-blocking")?;

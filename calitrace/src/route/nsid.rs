@@ -8,8 +8,7 @@ use netlink_packet_route::{
     nsid::{NsidAttribute, NsidMessage},
 };
 
-use super::socket::Connection;
-use crate::{event::Netns, netns::Handle};
+use crate::{event::Netns, netlink::Connection, netns::Handle};
 
 /// Namespace inode numbers by the number under which one namespace knows them ([`super::Link::link_netnsid`]).
 pub type PeerNamespaces = HashMap<i32, Netns>;

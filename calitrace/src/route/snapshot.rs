@@ -15,10 +15,8 @@ use netlink_packet_route::{
     },
 };
 
-use super::{
-    Address, Entry, Forward, Ipip, Link, Neighbour, Peer, Type, Vxlan, socket::Connection, wireguard,
-};
-use crate::netns::Handle;
+use super::{Address, Entry, Forward, Ipip, Link, Neighbour, Peer, Type, Vxlan, wireguard};
+use crate::{netlink::Connection, netns::Handle};
 
 /// The tables of one namespace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -14,8 +14,7 @@ use netlink_packet_wireguard::{
     WireguardPeer, WireguardPeerAttribute,
 };
 
-use super::socket::Connection;
-use crate::netns::Handle;
+use crate::{netlink::Connection, netns::Handle};
 
 /// A peer of a `WireGuard` device.
 #[derive(Clone, Debug, PartialEq, Eq)]

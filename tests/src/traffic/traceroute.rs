@@ -59,7 +59,8 @@ impl Traceroute {
 
 impl Lab {
     /// Runs a traceroute from a part of the lab, one probe at a time, so that no answer is lost to a full
-    /// queue. `extra` goes to it as it is.
+    /// queue, and, Debian's, with five seconds for each answer: by itself it gives up after thrice the time of the
+    /// hop's first answer, which may be too soon on a busy machine. `extra` goes to it as it is.
     pub fn traceroute(&self, part: &str, to: IpAddr, kind: Kind, extra: &[&str]) -> Result<Traceroute> {
         let words = words(to, kind, extra);
         let output = command::run(&mut self.exec(part, &words)?)?;
@@ -74,11 +75,11 @@ impl Lab {
 pub fn words(to: IpAddr, kind: Kind, extra: &[&str]) -> Vec<String> {
     let port;
     let mut words = match kind {
-        Kind::Udp => vec!["traceroute", "-N", "1"],
-        Kind::Icmp => vec!["traceroute", "-N", "1", "-I"],
+        Kind::Udp => vec!["traceroute", "-N", "1", "-w", "5"],
+        Kind::Icmp => vec!["traceroute", "-N", "1", "-w", "5", "-I"],
         Kind::Tcp(number) => {
             port = number.to_string();
-            vec!["traceroute", "-N", "1", "-T", "-p", &port]
+            vec!["traceroute", "-N", "1", "-w", "5", "-T", "-p", &port]
         }
         Kind::Busybox if to.is_ipv6() => vec!["busybox", "traceroute6"],
         Kind::Busybox => vec!["busybox", "traceroute"],

@@ -5,8 +5,8 @@ use std::{fmt::Debug, io, marker::PhantomData, os::fd::AsRawFd as _};
 
 use anyhow::{Context as _, Result, bail};
 use netlink_packet_core::{
-    NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload, NetlinkSerializable,
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{
@@ -24,21 +24,23 @@ const BUFFER_BYTES: usize = 64 * 1024;
 const DUMP_ATTEMPTS: u32 = 8;
 
 /// Opens a route netlink socket that belongs to `handle`'s namespace for its whole life.
-pub(super) fn open(handle: &Handle) -> Result<Socket> {
+pub(crate) fn open(handle: &Handle) -> Result<Socket> {
     open_protocol(handle, NETLINK_ROUTE)
 }
 
 fn open_protocol(handle: &Handle, protocol: isize) -> Result<Socket> {
-    handle.run(|| {
-        let mut socket = Socket::new(protocol).context("open a netlink socket")?;
-        socket.bind_auto().context("bind a netlink socket")?;
-        Ok(socket)
-    })
+    handle.run(|| bound(protocol))
+}
+
+fn bound(protocol: isize) -> Result<Socket> {
+    let mut socket = Socket::new(protocol).context("open a netlink socket")?;
+    socket.bind_auto().context("bind a netlink socket")?;
+    Ok(socket)
 }
 
 /// A socket for requests in messages of the type `M`.
 #[derive(Debug)]
-pub(super) struct Connection<M = RouteNetlinkMessage> {
+pub(crate) struct Connection<M = RouteNetlinkMessage> {
     socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
@@ -47,19 +49,23 @@ pub(super) struct Connection<M = RouteNetlinkMessage> {
 
 impl Connection {
     /// Opens a route netlink socket in `handle`'s namespace.
-    pub(super) fn open(handle: &Handle) -> Result<Self> {
-        Self::to_protocol(handle, NETLINK_ROUTE)
+    pub(crate) fn open(handle: &Handle) -> Result<Self> {
+        Self::of(open_protocol(handle, NETLINK_ROUTE)?)
+    }
+
+    /// Opens a route netlink socket in the calling thread's namespace.
+    pub(crate) fn here() -> Result<Self> {
+        Self::of(bound(NETLINK_ROUTE)?)
     }
 }
 
 impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<M> {
     /// Opens a generic netlink socket in `handle`'s namespace.
-    pub(super) fn generic(handle: &Handle) -> Result<Self> {
-        Self::to_protocol(handle, NETLINK_GENERIC)
+    pub(crate) fn generic(handle: &Handle) -> Result<Self> {
+        Self::of(open_protocol(handle, NETLINK_GENERIC)?)
     }
 
-    fn to_protocol(handle: &Handle, protocol: isize) -> Result<Self> {
-        let socket = open_protocol(handle, protocol)?;
+    fn of(socket: Socket) -> Result<Self> {
         socket
             .connect(&SocketAddr::new(0, 0))
             .context("connect a netlink socket to the kernel")?;
@@ -73,7 +79,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<
 
     /// Everything of one kind; `what` names it in errors. Repeated when the kernel says that the answer is inconsistent;
     /// the last attempt's answer is taken as it is, because a later notification will correct it.
-    pub(super) fn dump(&mut self, request: &M, what: &str) -> Result<Vec<M>> {
+    pub(crate) fn dump(&mut self, request: &M, what: &str) -> Result<Vec<M>> {
         for _ in 1..DUMP_ATTEMPTS {
             let (messages, consistent) = self
                 .try_dump(request)
@@ -116,7 +122,7 @@ impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<
     }
 
     /// One answer to one question; the inner error is the kernel's refusal.
-    pub(super) fn get(&mut self, request: M) -> Result<io::Result<M>> {
+    pub(crate) fn get(&mut self, request: M) -> Result<io::Result<M>> {
         self.send(request, NLM_F_REQUEST)?;
         loop {
             let length = self.receive()?;
@@ -131,6 +137,25 @@ impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<
                     NetlinkPayload::InnerMessage(message) => return Ok(Ok(message)),
                     NetlinkPayload::Error(error) => return Ok(Err(error.to_io())),
                     _ => {}
+                }
+            }
+        }
+    }
+
+    /// Has the kernel change something.
+    pub(crate) fn change(&mut self, request: M) -> Result<()> {
+        self.send(request, NLM_F_REQUEST | NLM_F_ACK)?;
+        loop {
+            let length = self.receive()?;
+            for (header, message) in Framed::<M>::new(&self.buffer[..length]).flatten() {
+                if header.sequence_number != self.sequence {
+                    continue;
+                }
+                if let NetlinkPayload::Error(answer) = message {
+                    return match answer.code {
+                        None => Ok(()),
+                        Some(_) => Err(answer.to_io().into()),
+                    };
                 }
             }
         }
