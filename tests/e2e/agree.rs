@@ -1,7 +1,12 @@
 //! `calitrace watch` agrees with `traceroute`.
 
+use std::net::IpAddr;
+
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{DeviceOrder, Encapsulation, Lab, Options, traffic::traceroute::Kind};
+use calitrace_tests::{
+    DeviceOrder, Encapsulation, Lab, Options,
+    traffic::traceroute::{self, Hop, Kind, Traceroute},
+};
 use serde_json::Value;
 
 use crate::{
@@ -174,11 +179,9 @@ fn compare(seen: &[Value], expected: &[HopList]) -> Result<()> {
     Ok(())
 }
 
-/// UDP, ICMP and TCP traceroute and busybox's, in both device orders, on one node and between two, with and without
-/// encapsulation: the same addresses, and round trips that are not longer than the ones traceroute measured.
-///
-/// Busybox's times are not compared: it starts its clock after `sendto` returned (`networking/traceroute.c`), and between
-/// namespaces of one kernel the answer is there by then.
+/// UDP, ICMP and TCP traceroute and busybox's, one after the other, in both device orders, on one node and between two,
+/// with and without encapsulation: a block for each, with the same addresses, and round trips that are not longer than
+/// the ones traceroute measured.
 fn every_traceroute(encapsulation: Encapsulation) -> Result<()> {
     for order in ORDERS {
         let lab = Lab::up(&Options {
@@ -186,6 +189,8 @@ fn every_traceroute(encapsulation: Encapsulation) -> Result<()> {
             encapsulation,
             ..quiet()
         })?;
+        let watch = watch_probes(&lab)?;
+        let mut runs = Vec::new();
         for kind in [
             Kind::Udp,
             Kind::Icmp,
@@ -194,54 +199,70 @@ fn every_traceroute(encapsulation: Encapsulation) -> Result<()> {
             Kind::BusyboxIcmp,
         ] {
             for receiver in ["pod2", "pod3"] {
-                one_traceroute(&lab, kind, receiver, &[])
-                    .with_context(|| format!("{order:?}, {encapsulation:?}, {kind:?} to {receiver}"))?;
+                runs.push((kind, lab.traceroute("pod1", lab.pod(receiver)?.ip(), kind, &[])?));
             }
         }
+        compare_blocks(&watch.stop()?.stdout, &runs)
+            .with_context(|| format!("{order:?}, {encapsulation:?}"))?;
     }
     Ok(())
 }
 
 /// Traceroute from pod 1 and what calitrace prints for it.
 pub(crate) fn one_traceroute(lab: &Lab, kind: Kind, receiver: &str, extra: &[&str]) -> Result<()> {
-    let watch = Watch::start(&with(
+    let watch = watch_probes(lab)?;
+    let said = lab.traceroute("pod1", lab.pod(receiver)?.ip(), kind, extra)?;
+    compare_blocks(&watch.stop()?.stdout, &[(kind, said)])
+}
+
+fn watch_probes(lab: &Lab) -> Result<Watch> {
+    Watch::start(&with(
         lab,
         &["-o", "traceroute", "--from", "default/busybox-f5945bfb5-mw26t"],
-    ))?;
-    let said = lab.traceroute("pod1", lab.pod(receiver)?.ip(), kind, extra)?;
-    let printed = watch.stop()?.stdout;
+    ))
+}
+
+/// Whether calitrace printed a block for each run of traceroute, in their order, that says the same.
+fn compare_blocks(printed: &str, runs: &[(Kind, Traceroute)]) -> Result<()> {
+    let all = || runs.iter().map(|(_, said)| said.raw.as_str()).collect::<String>();
     let blocks: Vec<&str> = printed.trim_end().split("\n\n").collect();
     ensure!(
-        blocks.len() == 1,
-        "one traceroute is one block, not {}:\n{printed}\n{}",
+        blocks.len() == runs.len(),
+        "{} blocks for {} runs of traceroute:\n{printed}\n{}",
         blocks.len(),
-        said.raw
+        runs.len(),
+        all()
     );
-    let ours = calitrace_tests::traffic::traceroute::parse(blocks[0])
-        .with_context(|| format!("calitrace printed:\n{printed}"))?;
-    ensure!(
-        ours.len() == said.hops.len(),
-        "calitrace:\n{printed}\ntraceroute:\n{}",
-        said.raw
-    );
-    let late_clock = matches!(kind, Kind::Busybox | Kind::BusyboxIcmp);
-    for (our, their) in ours.iter().zip(&said.hops) {
+    for (block, (kind, said)) in blocks.into_iter().zip(runs) {
+        let ours = traceroute::parse(block).with_context(|| format!("calitrace printed:\n{block}"))?;
         ensure!(
-            our.ttl == their.ttl,
-            "calitrace:\n{printed}\ntraceroute:\n{}",
+            agree(&ours, *kind, said),
+            "{kind:?}\ncalitrace:\n{block}\ntraceroute:\n{}",
             said.raw
         );
-        for (our, their) in our.probes.iter().zip(&their.probes) {
-            match (our, their) {
-                (Some((our, our_time)), Some((their, their_time))) => ensure!(
-                    our == their && (our_time <= their_time || late_clock),
-                    "calitrace:\n{printed}\ntraceroute:\n{}",
-                    said.raw
-                ),
-                (None, None) => {}
-                _ => anyhow::bail!("calitrace:\n{printed}\ntraceroute:\n{}", said.raw),
-            }
-        }
     }
     Ok(())
+}
+
+/// Busybox's times are not compared: it starts its clock after `sendto` returned (`networking/traceroute.c`), and between
+/// namespaces of one kernel the answer is there by then.
+fn agree(ours: &[Hop], kind: Kind, said: &Traceroute) -> bool {
+    let late_clock = matches!(kind, Kind::Busybox | Kind::BusyboxIcmp);
+    let same = |our: &Option<(IpAddr, f64)>, their: &Option<(IpAddr, f64)>| match (our, their) {
+        (Some((our, our_time)), Some((their, their_time))) => {
+            our == their && (our_time <= their_time || late_clock)
+        }
+        (None, None) => true,
+        _ => false,
+    };
+    ours.len() == said.hops.len()
+        && ours.iter().zip(&said.hops).all(|(our, their)| {
+            our.ttl == their.ttl
+                && our.probes.len() == their.probes.len()
+                && our
+                    .probes
+                    .iter()
+                    .zip(&their.probes)
+                    .all(|(our, their)| same(our, their))
+        })
 }

@@ -7,13 +7,17 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Policy, Test, test};
+use calitrace_tests::{Lab, Need, Policy, Test, needs::LOCKDOWN, test};
+use serde_json::Value;
 
-use crate::support::{Watch, binary, goes, quiet, with};
+use crate::support::{Finished, Watch, binary, goes, path, quiet, with};
 
 pub(crate) const TESTS: &[Test] = &[
     test("capabilities_instead_of_root", capabilities_only),
     test("each_missing_capability_is_named", each_missing),
+    test("hidden_symbols_cost_a_line", hidden_symbols).needs(&[Need::Guest]),
+    // The last of all, since it cannot be undone.
+    test("a_kernel_locked_down_still_shows_paths", locked_down).needs(&[Need::Lockdown]),
 ];
 
 /// Bits of a capability set (include/uapi/linux/capability.h).
@@ -176,5 +180,69 @@ fn each_missing() -> Result<()> {
         }
         ensure!(text.lines().count() == 1, "one line: {text}");
     }
+    Ok(())
+}
+
+/// Three pings that arrive and one that a policy drops; what calitrace says of them.
+fn three_delivered_and_one_denied(lab: &Lab) -> Result<(Finished, Vec<Value>)> {
+    let pod2 = lab.pod("pod2")?;
+    let watch = Watch::start(&with(lab, &["-o", "json", "--proto", "icmp"]))?;
+    let ping = lab.ping("pod1", pod2.ip(), 3, &[])?;
+    ensure!(ping.received == 3, "{ping:?}");
+    lab.set_policy("pod2", Policy::Deny)?;
+    let ping = lab.ping("pod1", pod2.ip(), 1, &[])?;
+    ensure!(ping.received == 0, "{ping:?}");
+    let finished = watch.stop()?;
+    ensure!(finished.status.success(), "{finished:?}");
+    let (from, to) = (lab.pod("pod1")?.address.to_string(), pod2.address.to_string());
+    let mut packets = finished.packets()?;
+    packets.retain(|packet| goes(packet, "icmp", &from, &to));
+    ensure!(packets.len() == 4, "{packets:#?}");
+    for packet in &packets[..3] {
+        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        let expected = ["10.244.120.64", "10.244.205.192", "10.244.205.193"];
+        ensure!(path(packet) == expected, "{packet:#}");
+    }
+    Ok((finished, packets))
+}
+
+fn lines_with(finished: &Finished, word: &str) -> usize {
+    let lines = finished.stderr.lines();
+    lines
+        .filter(|line| line.starts_with("warning: ") && line.contains(word))
+        .count()
+}
+
+/// Without the kernel's symbols a drop has no function's name, but all else.
+fn hidden_symbols() -> Result<()> {
+    const SETTING: &str = "/proc/sys/kernel/kptr_restrict";
+    let before = fs::read(SETTING).context("read the setting")?;
+    fs::write(SETTING, "2").context("hide the kernel's symbols")?;
+    let lab = Lab::up(&quiet())?;
+    let (finished, packets) = three_delivered_and_one_denied(&lab)?;
+    fs::write(SETTING, before).context("show the kernel's symbols again")?;
+    let denied = &packets[3];
+    ensure!(
+        denied["verdict"] == "dropped" && denied["drop"]["node"] == "minikube-m02",
+        "{denied:#}"
+    );
+    ensure!(denied["drop"]["location"].is_null(), "{denied:#}");
+    ensure!(lines_with(&finished, "kptr_restrict") == 1, "{}", finished.stderr);
+    Ok(())
+}
+
+/// In confidentiality mode programs may not read the kernel's memory: TC programs alone observe, and what they cannot see
+/// is not made up.
+fn locked_down() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    fs::write(LOCKDOWN, "confidentiality").context("lock the kernel down")?;
+    let (finished, packets) = three_delivered_and_one_denied(&lab)?;
+    let denied = &packets[3];
+    ensure!(denied["drop"].is_null(), "{denied:#}");
+    ensure!(
+        denied["verdict"] != "delivered" && denied["verdict"] != "dropped",
+        "{denied:#}"
+    );
+    ensure!(lines_with(&finished, "lockdown") == 1, "{}", finished.stderr);
     Ok(())
 }

@@ -27,7 +27,14 @@ pub enum Need {
     Tcx,
     /// A kernel whose functions can be probed.
     Kprobes,
+    /// A machine that is thrown away afterwards: settings of the whole kernel are changed.
+    Guest,
+    /// Such a machine, and a kernel that can be locked down.
+    Lockdown,
 }
+
+/// Where a kernel is locked down (`security/lockdown/lockdown.c`).
+pub const LOCKDOWN: &str = "/sys/kernel/security/lockdown";
 
 /// A test: its name, what it does, and what it needs.
 #[derive(Clone, Copy, Debug)]
@@ -69,7 +76,8 @@ impl Test {
     /// Looks for what it needs.
     pub fn readiness(&self) -> Readiness {
         // A guest has this machine's programs but neither its Python nor its packages.
-        let strict = variable_is("CI", "true") && !variable_is("CALITRACE_GUEST", "1");
+        let guest = variable_is("CALITRACE_GUEST", "1");
+        let strict = variable_is("CI", "true") && !guest;
         if !nix::unistd::geteuid().is_root() {
             return missing("needs root: for network namespaces and eBPF", strict);
         }
@@ -88,6 +96,12 @@ impl Test {
                 Need::Tcx if !has_tcx() => return missing("no TCX in this kernel", false),
                 Need::Kprobes if !has_kprobes() => {
                     return missing("no kprobes in this kernel", false);
+                }
+                Need::Guest | Need::Lockdown if !guest => {
+                    return missing("changes the whole machine: for guests", false);
+                }
+                Need::Lockdown if !Path::new(LOCKDOWN).exists() => {
+                    return missing("no lockdown in this kernel", false);
                 }
                 _ => {}
             }

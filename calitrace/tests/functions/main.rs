@@ -15,32 +15,40 @@ use calitrace::{
     kernel::{Config, Means, Probes},
 };
 use calitrace_tests::{Need, Test, harness, test};
-use net::{DEVICE, LEFT, Net, RIGHT, Watch};
+use net::{DEVICE, LEFT, Net, RIGHT, Watch, run};
 
 /// A test by its name, with trampolines where the kernel has them, and by kprobes alone. It panics where it fails.
 macro_rules! twice {
     ($name:literal, $test:ident) => {
+        twice!($name, $test, &[Need::Kprobes])
+    };
+    ($name:literal, $test:ident, $needs:expr) => {
         [
             test(concat!("trampolines::", $name), || {
                 $test(Probes::Cheapest);
                 Ok(())
             })
-            .needs(&[Need::Kprobes]),
+            .needs($needs),
             test(concat!("kprobes::", $name), || {
                 $test(Probes::Kprobes);
                 Ok(())
             })
-            .needs(&[Need::Kprobes]),
+            .needs($needs),
         ]
     };
 }
 
-const TESTS: [[Test; 2]; 5] = [
+const TESTS: [[Test; 2]; 6] = [
     twice!("what_can_be_attached_is", attached),
     twice!("netfilter_s_drop_is_told_with_its_hook", netfilter),
     twice!("an_icmp_error_is_told_with_what_it_answers", icmp),
     twice!("a_translation_is_announced", translation),
     twice!("a_clone_is_known_by_its_new_address", clone),
+    twice!(
+        "a_module_that_comes_later_is_seen",
+        late_module,
+        &[Need::Kprobes, Need::Guest]
+    ),
 ];
 
 fn main() -> ExitCode {
@@ -239,5 +247,22 @@ fn clone(probes: Probes) {
     };
     assert_ne!(skb, clones[0].skb);
     assert_eq!(clones[0].packet, arrived[0].packet);
+    watch.finish();
+}
+
+/// A function of a module that is loaded after observing began is attached to with the next look.
+fn late_module(probes: Probes) {
+    let net = Net::new();
+    // An earlier test may have loaded it.
+    run("modprobe -r vxlan");
+    let mut watch = watch(&net, probes);
+    assert!(!watch.kernel.functions().contains_key(&Hook::VxlanXmit));
+    net.left.exec(&format!(
+        "ip link add late type vxlan id 5 dstport 4789 dev {DEVICE}"
+    ));
+    let new = watch.kernel.attach_functions().unwrap();
+    assert!(new.contains(&Hook::VxlanXmit), "{new:?}");
+    // It was looked for and found once.
+    assert!(watch.kernel.attach_functions().unwrap().is_empty());
     watch.finish();
 }

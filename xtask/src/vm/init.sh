@@ -16,6 +16,7 @@ $bb mount -t cgroup2 cgroup2 /sys/fs/cgroup
 $bb mount -t bpf bpf /sys/fs/bpf
 $bb mount -t debugfs debugfs /sys/kernel/debug
 $bb mount -t tracefs tracefs /sys/kernel/tracing
+$bb mount -t securityfs securityfs /sys/kernel/security
 . /guest/environment
 $bb hostname guest
 # Before any namespace is made: each then has a tunl0, registered before its other devices.
