@@ -141,6 +141,8 @@ pub mod names {
     pub const SCOPE_V6: &str = "SCOPE_V6";
     /// Program array with the body of the kprobes at [`super::BODY`].
     pub const BODIES: &str = "BODIES";
+    /// A TC program that does nothing: what a run costs in any case.
+    pub const BARE: &str = "calitrace_bare";
     /// Global: [`super::Offsets`].
     pub const OFFSETS: &str = "OFFSETS";
     /// Global: `u64`, inode number of the one namespace these programs are attached in, where BTF does not tell them;

@@ -1,5 +1,6 @@
 //! `cargo xtask`: the project's only script. One file a verb; this one only tells them apart.
 
+mod bench;
 mod build;
 mod cargo;
 mod demo;
@@ -41,6 +42,8 @@ enum Verb {
     Test(test::Options),
     /// Run tests in virtual machines with stock Debian kernels
     Vm(vm::Options),
+    /// Measure what calitrace costs and how fast it is
+    Bench(bench::Options),
 }
 
 fn main() -> ExitCode {
@@ -62,5 +65,6 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
         Verb::Vm(options) => vm::run(&options),
+        Verb::Bench(options) => bench::run(&options),
     }
 }

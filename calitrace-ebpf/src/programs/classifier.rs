@@ -123,3 +123,10 @@ fn calitrace_uplink_ingress(ctx: TcContext) -> i32 {
 fn calitrace_uplink_egress(ctx: TcContext) -> i32 {
     observe::<{ Hook::UplinkEgress as u8 }>(&ctx)
 }
+
+/// For benchmarks: what the others' cost is compared with.
+#[classifier]
+#[inline(always)]
+fn calitrace_bare(_ctx: TcContext) -> i32 {
+    TC_ACT_UNSPEC
+}

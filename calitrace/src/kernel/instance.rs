@@ -82,7 +82,11 @@ impl Instance {
 
     /// The TC program of a hook, loaded into the kernel at its first use.
     pub(super) fn classifier(&mut self, hook: Hook) -> Result<&mut SchedClassifier> {
-        let name = hooks::row(hook).program;
+        self.classifier_named(hooks::row(hook).program)
+    }
+
+    /// A TC program, loaded into the kernel at its first use.
+    pub(super) fn classifier_named(&mut self, name: &str) -> Result<&mut SchedClassifier> {
         let program: &mut SchedClassifier = self
             .ebpf
             .program_mut(name)

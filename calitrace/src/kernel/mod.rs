@@ -22,6 +22,7 @@ mod permission;
 mod ring;
 mod symbols;
 mod sys;
+mod trial;
 
 pub use attach::Attached;
 pub use capabilities::{Capability, capabilities};
