@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use calitrace_tests::{
     DeviceOrder, Encapsulation, Lab, Options,
     traffic::traceroute::{self, Hop, Kind, Traceroute},
@@ -222,25 +222,29 @@ fn watch_probes(lab: &Lab) -> Result<Watch> {
     ))
 }
 
-/// Whether calitrace printed a block for each run of traceroute, in their order, that says the same.
+/// Whether calitrace printed a block for each run of traceroute that says the same, and no other.
 fn compare_blocks(printed: &str, runs: &[(Kind, Traceroute)]) -> Result<()> {
-    let all = || runs.iter().map(|(_, said)| said.raw.as_str()).collect::<String>();
-    let blocks: Vec<&str> = printed.trim_end().split("\n\n").collect();
-    ensure!(
-        blocks.len() == runs.len(),
-        "{} blocks for {} runs of traceroute:\n{printed}\n{}",
-        blocks.len(),
-        runs.len(),
-        all()
-    );
-    for (block, (kind, said)) in blocks.into_iter().zip(runs) {
-        let ours = traceroute::parse(block).with_context(|| format!("calitrace printed:\n{block}"))?;
-        ensure!(
-            agree(&ours, *kind, said),
-            "{kind:?}\ncalitrace:\n{block}\ntraceroute:\n{}",
-            said.raw
-        );
+    let mut blocks = printed
+        .trim_end()
+        .split("\n\n")
+        .map(|block| traceroute::parse(block).with_context(|| format!("calitrace printed:\n{block}")))
+        .collect::<Result<Vec<_>>>()?;
+    for (kind, said) in runs {
+        // A run ends when nothing more of it can come, so that blocks may change places.
+        let Some(place) = blocks.iter().position(|block| agree(block, *kind, said)) else {
+            bail!(
+                "{kind:?} is missing\ntraceroute:\n{}\ncalitrace:\n{printed}",
+                said.raw
+            );
+        };
+        blocks.remove(place);
     }
+    ensure!(
+        blocks.is_empty(),
+        "{} runs of traceroute, and {} blocks more:\n{printed}",
+        runs.len(),
+        blocks.len()
+    );
     Ok(())
 }
 

@@ -121,27 +121,14 @@ impl Runs {
 impl Run {
     /// Takes out the probes of a run that is over.
     fn take_ended(&mut self, now: u64) -> Option<Vec<Arc<PacketTrace>>> {
-        let last = self.probes.last()?.start_monotonic;
-        if let Some(end) = self.next_begins() {
-            let closed = now >= self.probes[end].start_monotonic.saturating_add(ALL_CLOSED);
-            return (closed || self.is_over(now, last)).then(|| self.probes.drain(..end).collect());
+        if self.probes.is_empty() {
+            return None;
         }
-        let over = self.is_over(now, last) || self.probes.len() > MOST;
-        over.then(|| std::mem::take(&mut self.probes))
-    }
-
-    /// A probe that nobody answers closes long after those sent with it, so an answered run is over when none can be open
-    /// any more. With a probe less on one line than on another, more of them may come until the gap is too long.
-    fn is_over(&self, now: u64, last: u64) -> bool {
-        let answered = || receiver(&self.probes).is_some_and(|ttl| self.is_even(ttl));
-        now >= last.saturating_add(GAP) || (now >= last.saturating_add(ALL_CLOSED) && answered())
-    }
-
-    /// Whether each line has as many probes as the first.
-    fn is_even(&self, lines: u8) -> bool {
-        let count = |ttl| self.probes.iter().filter(|probe| probe.ttl == ttl).count();
-        let first = count(1);
-        (2..=lines).all(|ttl| count(ttl) == first)
+        let next = self.next_begins();
+        let end = next.unwrap_or(self.probes.len());
+        let all_closed = next.is_some_and(|next| now >= self.probes[next].start_monotonic + ALL_CLOSED);
+        let over = all_closed || is_over(&self.probes[..end], now) || self.probes.len() > MOST;
+        over.then(|| self.probes.drain(..end).collect())
     }
 
     /// Where the next run begins: with a gap, or with TTL 1 after the receiver has answered.
@@ -152,6 +139,21 @@ impl Run {
             gap || (probe.ttl == 1 && before.ttl > 1 && receiver(&self.probes[..index]).is_some())
         })
     }
+}
+
+/// A probe that nobody answers closes long after those sent with it, so an answered run is over when none can be open any
+/// more. With a probe less on one line than on another, more of them may come until the gap is too long.
+fn is_over(probes: &[Arc<PacketTrace>], now: u64) -> bool {
+    let last = probes.last().map_or(0, |probe| probe.start_monotonic);
+    let answered = || receiver(probes).is_some_and(|ttl| is_even(probes, ttl));
+    now >= last + GAP || (now >= last + ALL_CLOSED && answered())
+}
+
+/// Whether each line has as many probes as the first.
+fn is_even(probes: &[Arc<PacketTrace>], lines: u8) -> bool {
+    let count = |ttl| probes.iter().filter(|probe| probe.ttl == ttl).count();
+    let first = count(1);
+    (2..=lines).all(|ttl| count(ttl) == first)
 }
 
 /// The lowest TTL that the receiver answered, or somebody in its place: traceroute sends no further.

@@ -211,6 +211,15 @@ fn two_traceroutes_in_a_row_are_two_blocks() {
 }
 
 #[test]
+fn a_run_is_shown_when_it_is_over_although_the_next_has_begun() {
+    let mut traces = sample::traceroute(0);
+    traces.extend(sample::traceroute(2 * SECOND));
+    let shown = play(traces, 20 * SECOND);
+    assert_eq!(shown.len(), 2);
+    assert!((shown[0].0 - SECOND) < 5 * SECOND / 2, "{}", shown[0].0);
+}
+
+#[test]
 fn low_ttls_that_do_not_start_at_one_are_a_flow() {
     let traces = (0..3)
         .map(|number| {

@@ -8,7 +8,7 @@
 #[path = "../kernel/net.rs"]
 mod net;
 
-use std::{cell::RefCell, collections::BTreeSet, process::ExitCode};
+use std::{cell::RefCell, collections::BTreeSet, path::Path, process::ExitCode};
 
 use calitrace::{
     event::{Detail, Hook, NetfilterVerdict, Observation, Transport},
@@ -253,8 +253,9 @@ fn clone(probes: Probes) {
 /// A function of a module that is loaded after observing began is attached to with the next look.
 fn late_module(probes: Probes) {
     let net = Net::new();
-    // An earlier test may have loaded it.
-    run("modprobe -r vxlan");
+    if Path::new("/sys/module/vxlan").exists() {
+        run("busybox rmmod vxlan");
+    }
     let mut watch = watch(&net, probes);
     assert!(!watch.kernel.functions().contains_key(&Hook::VxlanXmit));
     net.left.exec(&format!(
