@@ -163,6 +163,7 @@ impl<'a> Way<'a> {
                 arrived_ns: None,
                 left_ns: None,
                 rtt_ns: None,
+                clock_bound_ns: None,
                 certainty: Certainty::Inferred,
                 reason: None,
             });
@@ -186,16 +187,14 @@ impl<'a> Way<'a> {
         if seen.is_egress() {
             if lowered > 0 {
                 let address = self.address(index, seen);
-                let node = self.topology.name(seen.node).cloned();
-                let hop = self.observed(lowered, address, node);
+                let hop = self.observed(lowered, address, seen.node);
                 hop.left_ns = Some(hop.left_ns.map_or(elapsed, |left| left.min(elapsed)));
                 self.left = Some((seen.node, lowered));
             }
         } else if seen.is_ingress() && !self.is_receiver(seen) {
             let address = self.address(index, seen);
-            let node = self.topology.name(seen.node).cloned();
             self.cross_routers(seen, lowered);
-            let hop = self.observed(lowered.saturating_add(1), address, node);
+            let hop = self.observed(lowered.saturating_add(1), address, seen.node);
             hop.arrived_ns = Some(hop.arrived_ns.map_or(elapsed, |arrived| arrived.min(elapsed)));
         }
     }
@@ -217,10 +216,13 @@ impl<'a> Way<'a> {
         hop.address = hop.address.or(gateway);
     }
 
-    fn observed(&mut self, number: u8, address: Option<IpAddr>, node: Option<String>) -> &mut Hop {
+    fn observed(&mut self, number: u8, address: Option<IpAddr>, node: Netns) -> &mut Hop {
+        let bound = self.topology.clock_bound(self.trace.first().node, node);
+        let name = self.topology.name(node).cloned();
         let hop = self.hop(number);
         hop.address = address.or(hop.address);
-        hop.node = node.or(hop.node.take());
+        hop.node = name.or(hop.node.take());
+        hop.clock_bound_ns = bound;
         hop.certainty = Certainty::Observed;
         hop
     }
@@ -274,10 +276,12 @@ impl<'a> Way<'a> {
         let node = self.topology.name(last.node).cloned();
         let pod = self.pod();
         let address = trace.flow.dst;
+        let bound = self.topology.clock_bound(trace.first().node, last.node);
         let hop = self.hop(number);
         hop.address = Some(address);
         hop.node = node;
         hop.pod = pod;
+        hop.clock_bound_ns = bound;
         hop.arrived_ns = Some(arrived);
         hop.left_ns = Some(left);
         hop.certainty = if to_node {

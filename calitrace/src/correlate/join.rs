@@ -12,7 +12,7 @@ use super::{
     timers::MILLISECOND,
     topology::{NO_CLUSTER, Place, Topology},
 };
-use crate::event::{Flow, Hook, Netns, Observation};
+use crate::event::{Flow, Hook, Netns, Observation, machine_of};
 
 /// An `sk_buff`'s address says nothing any more after this long without a sighting.
 pub(super) const LIFE: u64 = 1000 * MILLISECOND;
@@ -171,7 +171,9 @@ fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: 
         open.by_skb(node, skb)
             .filter(|index| is_dropped(sight, open.get(*index), node))
     };
-    joined.extend(topology.nodes().filter_map(same));
+    let machine = machine_of(sight.observation.netns);
+    let nodes = topology.nodes().filter(|node| machine_of(*node) == machine);
+    joined.extend(nodes.filter_map(same));
     if joined.is_empty() {
         for cluster in topology.clusters() {
             if sight.part.is_stream() {

@@ -246,6 +246,18 @@ pub(super) fn reference(cluster: u32, flow: &Flow, tag: u32) -> u64 {
     hash(&(cluster, flow, tag))
 }
 
+/// The key of a packet between two machines, well mixed; `uplink` tells what is seen at the uplinks from what is seen at tunnel
+/// devices.
+///
+/// The timestamp tells TCP data that is sent again from the first time it was, whatever was cut and merged.
+pub(super) fn crossing(uplink: bool, packet: &Packet) -> u64 {
+    let stamp = match packet.transport {
+        Transport::Tcp { tsval, .. } => tsval,
+        _ => None,
+    };
+    hash(&(uplink, packet.flow(), Part::of(packet), stamp)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 /// The key of a flow's TCP data.
 pub(super) fn stream(cluster: u32, flow: &Flow) -> u64 {
     hash(&(cluster, flow))

@@ -6,6 +6,7 @@
 //! say what it means for its trace; a deadline closes the trace, and [`close`] writes down what it was.
 
 mod answer;
+mod clocks;
 mod close;
 mod hops;
 mod join;
@@ -25,6 +26,7 @@ mod underlay;
 mod verdict;
 mod waypoint;
 
+pub use clocks::{Crossings, Offset};
 use join::Sight;
 use nat::Translations;
 use open::{Answered, Id, Open, OpenTraces, Reached, Seen};
@@ -176,7 +178,7 @@ impl Correlator {
     fn adopt(&self, index: u32, seen: &mut Seen) {
         let trace = self.open.get(index);
         let last = trace.last_of(seen.interval);
-        if seen.netns == 0 {
+        if seen.netns & u64::from(u32::MAX) == 0 {
             seen.node = last.node;
             seen.in_pod = trace.reached == Reached::Pod;
         }

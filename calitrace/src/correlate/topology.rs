@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 use super::ledger::Ledgers;
 use crate::event::{
     Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+    machine_of,
 };
 
 /// The cluster of namespaces that belong to no known node. Packets there are joined with nothing but themselves.
@@ -93,6 +94,8 @@ pub(super) struct Topology {
     routers: FxHashMap<(Netns, Netns), u8>,
     services: Vec<IpNet>,
     clock: Option<Clock>,
+    /// By machine: how exact the moved times are. Of others they are exact.
+    clock_bounds: FxHashMap<u64, Option<u64>>,
     /// What was observed and what was lost.
     pub(super) ledgers: Ledgers,
 }
@@ -114,6 +117,10 @@ impl Topology {
             Fact::HopAddress(hop) => self.hop(hop),
             Fact::Services { prefixes, .. } => self.services.clone_from(prefixes),
             Fact::Clock(clock) => self.clock = Some(*clock),
+            Fact::ClockOffset(offset) => {
+                self.clock_bounds
+                    .insert(machine_of(offset.netns), offset.bound_ns);
+            }
             Fact::Attachment(attachment) => self.ledgers.attachment(attachment),
         }
     }
@@ -431,6 +438,16 @@ impl Topology {
     /// What [`Self::show`] was told.
     pub(super) fn shown(&self, node: Netns, remote: IpAddr) -> Option<IpAddr> {
         self.learned.get(&(node, remote)).copied()
+    }
+
+    /// By how many nanoseconds a time on `node` may be wrong for the clock of `first`; none if that is not known.
+    pub(super) fn clock_bound(&self, first: Netns, node: Netns) -> Option<u64> {
+        let (one, two) = (machine_of(first), machine_of(node));
+        if one == two {
+            return Some(0);
+        }
+        let bound = |machine| self.clock_bounds.get(&machine).copied().unwrap_or(Some(0));
+        Some(bound(one)? + bound(two)?)
     }
 
     /// The time since the Unix epoch of a time on the observations' clock.

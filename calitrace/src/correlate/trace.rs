@@ -208,6 +208,9 @@ pub struct Hop {
     pub left_ns: Option<u64>,
     /// Round trip of a probe that this hop answered.
     pub rtt_ns: Option<u64>,
+    /// By how many nanoseconds `arrived_ns` and `left_ns` may be wrong because the hop has another clock than the packet's
+    /// first observation: 0 on the same machine; null if that is not known.
+    pub clock_bound_ns: Option<u64>,
     /// How sure it is.
     pub certainty: Certainty,
     /// Why it has no address, in words, where that is known: the packet ended there, and nobody told its sender.

@@ -40,6 +40,8 @@ pub enum Fact {
     },
     /// A reading of both clocks.
     Clock(Clock),
+    /// The clock of a node's machine was another one (in merged logs).
+    ClockOffset(ClockOffset),
     /// A hook began or ceased to observe an interface.
     Attachment(Attachment),
 }
@@ -56,6 +58,7 @@ impl Fact {
             | Self::HopAddress(HopAddress { time, .. })
             | Self::Services { time, .. }
             | Self::Clock(Clock { time, .. })
+            | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. }) => *time,
         }
     }
@@ -70,6 +73,7 @@ impl Fact {
             | Self::HopAddress(HopAddress { time, .. })
             | Self::Services { time, .. }
             | Self::Clock(Clock { time, .. })
+            | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. }) => time,
         }
     }
@@ -196,6 +200,19 @@ pub struct Clock {
     pub time: u64,
     /// `CLOCK_REALTIME`, nanoseconds since the Unix epoch.
     pub realtime: u64,
+}
+
+/// The times of a node were taken by another clock than those of the log they are merged into, and moved to that one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClockOffset {
+    /// `CLOCK_MONOTONIC` of the merged log, nanoseconds.
+    pub time: u64,
+    /// The node.
+    pub netns: Netns,
+    /// Nanoseconds by which its clock was ahead at that time.
+    pub ahead_ns: i64,
+    /// By how many nanoseconds that is wrong at most; null if it is not known.
+    pub bound_ns: Option<u64>,
 }
 
 /// A hook began or ceased to observe an interface. Packets before it make verdicts unknown, not lost.

@@ -10,7 +10,8 @@ mod packet;
 
 pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{
-    Attachment, AttachmentState, Clock, Fact, HopAddress, Interface, Node, Pod, Role, Route, RouteKind,
+    Attachment, AttachmentState, Clock, ClockOffset, Fact, HopAddress, Interface, Node, Pod, Role, Route,
+    RouteKind,
 };
 pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
@@ -23,6 +24,12 @@ use serde::{Deserialize, Serialize};
 
 /// Inode number of a network namespace (or its cookie where BTF is missing): the key of a node in every event.
 pub type Netns = u64;
+
+/// The machine of a namespace among those of merged logs: inode numbers take the lower half, 0 is the first log's.
+#[must_use]
+pub const fn machine_of(netns: Netns) -> u64 {
+    netns >> 32
+}
 
 /// One thing that a source hands on, in order of time; as JSON, one line of an event log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

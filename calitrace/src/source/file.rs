@@ -2,12 +2,12 @@
 //!
 //! Knows files and their clocks, nothing of what items are for. Within a file the order stays as it is (facts before
 //! their first use); between files the item with the lowest time comes first. What makes them comparable is
-//! [`super::machine`]'s: files of other machines (of another boot id) are moved to the first file's clock by the clock
-//! facts of both.
+//! [`super::machine`]'s: files of other machines (of another boot id) are moved to the first file's clock, by the packets
+//! that went between them, else by the clock facts of both.
 
 use std::{
     collections::VecDeque,
-    fs::File,
+    fs::{self, File},
     io::BufReader,
     path::{Path, PathBuf},
 };
@@ -15,7 +15,10 @@ use std::{
 use anyhow::{Context as _, Result};
 
 use super::machine::{Machine, join_clusters};
-use crate::event::{Fact, Header, Item, Ledger, LogReader};
+use crate::{
+    correlate::{Crossings, Offset},
+    event::{Fact, Header, Item, Ledger, LogReader},
+};
 
 /// Event logs, read together.
 #[derive(Debug)]
@@ -27,6 +30,7 @@ pub struct Files {
 /// One of them.
 #[derive(Debug)]
 struct Log {
+    path: PathBuf,
     reader: LogReader<BufReader<File>>,
     header: Header,
     /// What was read ahead.
@@ -138,10 +142,7 @@ fn make_comparable(files: &mut [Log]) -> Result<()> {
         }
     }
     if boots.len() > 1 {
-        let first = files[0].clock()?;
-        for file in files.iter_mut().filter(|file| file.machine.number != 0) {
-            file.machine.behind = file.clock()? - first;
-        }
+        set_clocks(files, boots.len())?;
     }
     let (mut machines, logs): (Vec<&mut Machine>, Vec<&[Item]>) = files
         .iter_mut()
@@ -149,6 +150,55 @@ fn make_comparable(files: &mut [Log]) -> Result<()> {
         .unzip();
     join_clusters(&mut machines, &logs);
     Ok(())
+}
+
+/// Finds how far the clock of each machine is ahead of the first one's.
+fn set_clocks(files: &mut [Log], machines: usize) -> Result<()> {
+    let mut crossings: Vec<Crossings> = (0..machines).map(|_| Crossings::default()).collect();
+    for file in files.iter() {
+        let name = file.path.display();
+        if !fs::metadata(&file.path).is_ok_and(|data| data.is_file()) {
+            log::warn!("{name} can be read only once: its clock is compared by its clock facts alone");
+            continue;
+        }
+        for item in open(&file.path)? {
+            if let Item::Observation(observation) = item? {
+                crossings[file.machine.number as usize].note(&observation);
+            }
+        }
+    }
+    // Machine by machine, each by one that is known already.
+    let mut ahead: Vec<Option<Vec<Offset>>> = vec![None; machines];
+    ahead[0] = Some(Vec::new());
+    let mut known = vec![0];
+    while let Some(here) = known.pop() {
+        for there in 0..machines {
+            if ahead[there].is_none()
+                && let Some(offset) = Offset::between(&crossings[here], &crossings[there])
+            {
+                ahead[there] = ahead[here].as_ref().map(|ahead| [&[offset], &ahead[..]].concat());
+                known.push(there);
+            }
+        }
+    }
+    for index in 0..files.len() {
+        let machine = files[index].machine.number as usize;
+        files[index].machine.ahead = if let Some(ahead) = &ahead[machine] {
+            ahead.clone()
+        } else {
+            // No packets went between them: what their clocks showed has to do.
+            let ahead = i64::try_from(files[0].clock()? - files[index].clock()?);
+            vec![Offset::constant(ahead.context("the clocks are centuries apart")?)]
+        };
+    }
+    Ok(())
+}
+
+/// Opens the log at `path`, behind no item.
+fn open(path: &Path) -> Result<LogReader<BufReader<File>>> {
+    let name = path.display().to_string();
+    let file = File::open(path).with_context(|| format!("open the event log {name}"))?;
+    LogReader::new(BufReader::with_capacity(256 << 10, file), name)
 }
 
 impl Iterator for Files {
@@ -161,13 +211,12 @@ impl Iterator for Files {
 
 impl Log {
     fn open(path: &Path) -> Result<Self> {
-        let name = path.display().to_string();
-        let file = File::open(path).with_context(|| format!("open the event log {name}"))?;
-        let mut reader = LogReader::new(BufReader::with_capacity(256 << 10, file), name)?;
+        let mut reader = open(path)?;
         let Some(Item::Header(header)) = reader.next().transpose()? else {
             anyhow::bail!("{} has no header", path.display());
         };
         Ok(Self {
+            path: path.to_owned(),
             reader,
             header,
             ahead: VecDeque::new(),
@@ -217,8 +266,15 @@ impl Log {
 
     fn pop(&mut self) -> Option<Item> {
         let mut item = self.ahead.pop_front()?;
+        if let Item::Fact(Fact::Node(node)) = &item
+            && let Some(clock) = self.machine.clock_of(node)
+        {
+            self.ahead.push_front(clock);
+        }
         self.machine.adopt(&mut item);
-        Some(item)
+        // The time of day is the first machine's, too.
+        let is_clock = matches!(item, Item::Fact(Fact::Clock(_)));
+        (self.machine.number == 0 || !is_clock).then_some(item)
     }
 }
 
@@ -349,8 +405,8 @@ mod tests {
             [
                 "1000 other",
                 "1100 a",
-                "1200 other",
                 "1200 b",
+                "1200 other",
                 "1300 c",
                 "1400 end"
             ]

@@ -7,13 +7,16 @@ use std::net::IpAddr;
 
 use rustc_hash::FxHashMap;
 
-use crate::event::{Fact, Item, Netns};
+use crate::{
+    correlate::Offset,
+    event::{ClockOffset, Fact, Item, Netns, Node},
+};
 
 /// How the numbers of one log become those of the merged one. The default changes nothing.
 #[derive(Debug, Default)]
 pub(super) struct Machine {
-    /// Nanoseconds by which its clock is behind that of the first log.
-    pub(super) behind: i128,
+    /// How far its clock is ahead of another machine's, that one's of a third's, and so on to that of the first log.
+    pub(super) ahead: Vec<Offset>,
     /// Distinguishes its namespaces: 0 for those of the first log's machine, which keep their numbers.
     pub(super) number: u32,
     /// Its clusters; one that is not there keeps its number.
@@ -23,7 +26,21 @@ pub(super) struct Machine {
 impl Machine {
     /// A time of this log on the first one's clock.
     pub(super) fn time(&self, time: u64) -> u64 {
-        u64::try_from((i128::from(time) + self.behind).max(0)).unwrap_or(u64::MAX)
+        self.ahead.iter().fold(time, |time, ahead| ahead.to_here(time))
+    }
+
+    /// What is to be known of the clock of a node of this log, in the log's own numbers.
+    pub(super) fn clock_of(&self, node: &Node) -> Option<Item> {
+        let ahead = i128::from(node.time) - i128::from(self.time(node.time));
+        let bounds: Option<Vec<u64>> = self.ahead.iter().map(Offset::bound).collect();
+        (!self.ahead.is_empty()).then(|| {
+            Item::Fact(Fact::ClockOffset(ClockOffset {
+                time: node.time,
+                netns: node.netns,
+                ahead_ns: i64::try_from(ahead).unwrap_or_default(),
+                bound_ns: bounds.map(|bounds| bounds.iter().sum()),
+            }))
+        })
     }
 
     /// Rewrites an item of this log.
@@ -37,9 +54,10 @@ impl Machine {
             node.cluster = *cluster;
         }
         if self.number != 0 {
+            // 0 is no namespace; but what was seen without one was seen on this machine. Inode numbers take the lower half.
+            let seen = matches!(item, Item::Observation(_));
             namespaces(item, |netns| {
-                // 0 is no namespace anywhere. Inode numbers take the lower half.
-                if *netns != 0 {
+                if *netns != 0 || seen {
                     *netns |= u64::from(self.number) << 32;
                 }
             });
@@ -123,6 +141,7 @@ fn namespaces(item: &mut Item, mut change: impl FnMut(&mut Netns)) {
             Fact::Routes { netns, .. } => change(netns),
             Fact::HopAddress(hop) => change(&mut hop.netns),
             Fact::Attachment(attachment) => change(&mut attachment.netns),
+            Fact::ClockOffset(offset) => change(&mut offset.netns),
             Fact::Services { .. } | Fact::Clock(_) => {}
         },
         Item::Ledger(ledger) => ledger

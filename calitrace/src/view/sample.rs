@@ -192,6 +192,7 @@ fn router(ttl: u8, address: &str, node: &str, left_ns: u64) -> Hop {
         arrived_ns: Some(left_ns - 1_000),
         left_ns: Some(left_ns),
         rtt_ns: None,
+        clock_bound_ns: Some(0),
         certainty: Certainty::Observed,
         reason: None,
     }

@@ -6,11 +6,11 @@ use std::fmt::Write as _;
 use proptest::{collection::vec, prelude::*};
 
 use super::{
-    facts::facts,
+    facts::{facts, netns},
     path::{BEGIN, Walked},
 };
 use crate::{
-    correlate::{Config, Correlator, PacketTrace},
+    correlate::{Config, Correlator, Crossings, Offset, PacketTrace},
     event::{EncapKind, Fact, Hook, Item, Ledger, LedgerRow, Netns},
 };
 
@@ -40,6 +40,40 @@ impl Capture {
     pub(super) fn any() -> impl Strategy<Value = Self> {
         vec(prop_oneof![Just(0), 0..DRAIN], 64).prop_map(|late| Self { late, blind: None })
     }
+}
+
+/// Takes the second node's observations by another clock and with other addresses, as a machine of its own would, and moves
+/// them back by what the packets tell, if any do.
+pub(super) fn skew(walked: &mut [Walked], ahead: u64, ppm: u64) -> bool {
+    let there = netns(1);
+    let (mut one, mut other) = (Crossings::default(), Crossings::default());
+    for walked in &mut *walked {
+        let observation = &mut walked.observation;
+        if observation.netns == there {
+            observation.time += ahead + (observation.time - BEGIN) * ppm / 1_000_000;
+            if observation.skb != 0 {
+                observation.skb ^= 0x7_0000;
+            }
+            other.note(observation);
+        } else {
+            one.note(observation);
+        }
+    }
+    let Some(offset) = Offset::between(&one, &other).filter(|offset| offset.bound().is_some()) else {
+        return false;
+    };
+    for walked in &mut *walked {
+        if walked.observation.netns == there {
+            walked.observation.time = offset.to_here(walked.observation.time);
+        }
+    }
+    walked.sort_by_key(|walked| walked.observation.time);
+    let mut last = 0;
+    for walked in walked {
+        last = walked.observation.time.max(last + 1);
+        walked.observation.time = last;
+    }
+    true
 }
 
 /// Correlates; `lost` is what the ledger counts at the end.

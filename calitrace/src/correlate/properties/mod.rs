@@ -170,4 +170,33 @@ proptest! {
             }
         }
     }
+
+    /// Seen by two machines, whose clocks and addresses have nothing to do with each other, each packet is as whole as on one.
+    #[test]
+    fn two_machines_see_what_one_sees(
+        mut sent in sent(20),
+        encap in encap(),
+        offloads in offloads(),
+        capture in Capture::any(),
+        ahead in 0..10_000_000_000_u64,
+        ppm in 0..100_u64,
+    ) {
+        sent.extend([Way::Across(0), Way::Across(1)].map(Sent::ping));
+        let mut walk = walk(&sent, encap, &offloads, true);
+        let skewed = capture::skew(&mut walk.walked, ahead, ppm);
+        let Walk { walked, packets: all } = walk;
+        // Without packets of both directions nothing tells how far the clocks are apart.
+        if !skewed {
+            return Ok(());
+        }
+        let traces = correlate(&walked, encap, &capture, 0);
+        prop_assert_eq!(traces.len(), all.len());
+        for trace in &traces {
+            let of = packets(trace, &walked);
+            prop_assert_eq!(of.len(), 1, "mixed: {}", tell(trace, &walked));
+            let observed = walked.iter().filter(|walked| walked.numbers.contains(&of[0]) && walked.observation.skb != 0);
+            prop_assert_eq!(trace.observations.len(), observed.count(), "not whole: {}", tell(trace, &walked));
+            prop_assert_eq!(trace.verdict, due(&all[of[0]].0), "{}", tell(trace, &walked));
+        }
+    }
 }

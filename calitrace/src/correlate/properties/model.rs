@@ -96,6 +96,20 @@ pub(super) struct Sent {
     pub(super) again: bool,
 }
 
+impl Sent {
+    /// An echo request that arrives, the first thing sent.
+    pub(super) fn ping(way: Way) -> Self {
+        let (kind, nat, v6) = (Kind::Echo, Nat::None, false);
+        Self {
+            spec: Spec { kind, way, nat, v6 },
+            fate: Fate::Arrives,
+            start: 0,
+            payload: 0,
+            again: false,
+        }
+    }
+}
+
 pub(super) fn spec() -> impl Strategy<Value = Spec> {
     let kind = prop_oneof![
         1 => Just(Kind::Udp),
@@ -234,14 +248,14 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
     let (ports, seq) = ((port, 80), (u32::MAX - 3000).wrapping_add(content * 100));
     let v6 = spec.v6;
     let mut ip_id = if v6 { 0 } else { content + 1 };
-    let tcp = |seq, payload| Transport::Tcp {
+    let tcp = |seq, payload, tsval| Transport::Tcp {
         src_port: ports.0,
         dst_port: ports.1,
         seq,
         ack: 1,
         flags: 16,
         window: 500,
-        tsval: Some(7),
+        tsval: Some(tsval),
         payload,
     };
     let udp = Transport::Udp {
@@ -272,9 +286,9 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
                 ip_id = (number * 50 + 1 + segment) & 0xffff;
             }
             length = data.1 + 52;
-            (6, tcp(data.0, data.1))
+            (6, tcp(data.0, data.1, number))
         }
-        Kind::Ack => (6, tcp(seq, 0)),
+        Kind::Ack => (6, tcp(seq, 0, 7)),
         Kind::IcmpError => (if v6 { 58 } else { 1 }, icmp_error(v6, content)),
         Kind::Other => (50, Transport::Other),
         Kind::Fragment => {

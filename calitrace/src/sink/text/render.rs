@@ -95,6 +95,7 @@ pub(super) fn block(block: &Block) -> Vec<Row> {
                 .map(|step| row(Look::Faint, translation(step))),
         );
     }
+    rows.extend(clocks(&block.latest).map(|text| row(Look::Faint, format!("{INDENT}{text}"))));
     if !block.stray.is_empty() {
         rows.push(row(Look::Faint, format!("{INDENT}{}", steps(&block.stray))));
     }
@@ -240,6 +241,23 @@ fn hop(line: &Line) -> String {
         text.push_str("  (inferred)");
     }
     text
+}
+
+/// How exact the times are where they are those of several clocks.
+fn clocks(packet: &PacketTrace) -> Option<String> {
+    let timed = packet
+        .hops
+        .iter()
+        .filter(|hop| hop.arrived_ns.or(hop.left_ns).is_some());
+    let bounds: Option<Vec<u64>> = timed.map(|hop| hop.clock_bound_ns).collect();
+    match bounds.map(|bounds| bounds.into_iter().max().unwrap_or_default()) {
+        Some(0) => None,
+        Some(bound) => Some(format!(
+            "times between the nodes' clocks: ± {}",
+            traceroute::milliseconds(bound)
+        )),
+        None => Some("times between the nodes' clocks: not known how exact".to_owned()),
+    }
 }
 
 fn way(line: &Line) -> Option<String> {

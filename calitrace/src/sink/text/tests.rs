@@ -104,6 +104,25 @@ fn a_dropped_packet_ends_with_where_and_why() {
 }
 
 #[test]
+fn times_of_several_clocks_have_their_bound() {
+    let mut ping = sample::ping(0, 1);
+    for hop in &mut ping.hops[1..] {
+        hop.clock_bound_ns = Some(20_400);
+    }
+    let text = printed([ping.clone()]);
+    assert!(
+        text.contains("\n      times between the nodes' clocks: ± 0.020 ms\n"),
+        "{text}"
+    );
+    ping.hops[1].clock_bound_ns = None;
+    let text = printed([ping]);
+    assert!(
+        text.contains("\n      times between the nodes' clocks: not known how exact\n"),
+        "{text}"
+    );
+}
+
+#[test]
 fn one_node_alone_over_ipip() {
     let mut ping = sample::ping(0, 1);
     ping.verdict = Verdict::Left;

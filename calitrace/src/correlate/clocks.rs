@@ -1,0 +1,409 @@
+//! How far the clocks of two machines are apart, by the packets that went between them.
+//!
+//! A packet arrives after it left. So by what it came later, as the two clocks show it, is at least what the receiver's is
+//! ahead, and with one that goes the other way at most: the fastest packets of both directions leave an interval, and its
+//! middle is the estimate (NTP's on-wire protocol, RFC 5905 8, with packets that are there anyway). Pure, as the rest.
+
+use rustc_hash::FxHashMap;
+
+use super::key;
+use crate::event::{Hook, Observation};
+
+/// Packets of one direction that are kept of each machine; of more, a sample that is the same on all machines.
+const KEPT: usize = 1 << 17;
+/// Two sightings that are further from the usual difference than this are not of one packet: none is under way that long,
+/// and clocks do not run apart that far in a capture.
+const STRAY: i64 = 4_000_000_000;
+/// The rate is estimated by the middle of each such span of time, in nanoseconds.
+const SPAN: u64 = 1_000_000_000;
+/// A line through the middles of fewer spans than this is chance.
+const SPANS: usize = 10;
+/// With packets of one direction only: so much earlier than it arrived, at least, the fastest left.
+const SHORTEST: i64 = 1_000;
+
+/// What left and reached the nodes of one machine, and when.
+#[derive(Debug, Default)]
+pub struct Crossings {
+    left: Packets,
+    came: Packets,
+    /// So many bits of a key are zero of what is kept.
+    level: u32,
+}
+
+/// When, and whether at the uplinks, by content; none for what was seen more than once.
+type Packets = FxHashMap<u64, Option<(u64, bool)>>;
+
+impl Crossings {
+    /// Takes note of an observation.
+    pub fn note(&mut self, observation: &Observation) {
+        use Hook::{TunnelEgress, TunnelIngress, UplinkEgress, UplinkIngress};
+        let (packets, uplink) = match observation.hook {
+            UplinkEgress | TunnelEgress => (&mut self.left, observation.hook == UplinkEgress),
+            UplinkIngress | TunnelIngress => (&mut self.came, observation.hook == UplinkIngress),
+            _ => return,
+        };
+        let key = key::crossing(uplink, &observation.packet);
+        if key.leading_zeros() < self.level {
+            return;
+        }
+        packets
+            .entry(key)
+            .and_modify(|seen| *seen = None)
+            .or_insert(Some((observation.time, uplink)));
+        while self.left.len().max(self.came.len()) > KEPT {
+            self.level += 1;
+            for packets in [&mut self.left, &mut self.came] {
+                packets.retain(|key, _| key.leading_zeros() >= self.level);
+            }
+        }
+    }
+}
+
+/// When a packet was seen there, and by how much that is later than here, as the two clocks show it.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    there: u64,
+    difference: i64,
+    /// It came from here: the difference is at least what the clock there is ahead. Else at most.
+    from_here: bool,
+    /// Seen at the uplinks, not at tunnel devices: next to the wire.
+    uplink: bool,
+}
+
+/// How far the clock of one machine is ahead of another's, over time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Offset {
+    /// Where the straight line begins that it is close to.
+    origin: u64,
+    rate: f64,
+    /// From each time on: by how much it is ahead, beside what the rate makes since the origin. At least one, or it is none.
+    steps: Vec<(u64, i64)>,
+    bound: Option<u64>,
+}
+
+impl Offset {
+    /// The same all the time; how exactly is not known.
+    pub fn constant(ahead: i64) -> Self {
+        Self {
+            steps: vec![(0, ahead)],
+            ..Self::default()
+        }
+    }
+
+    /// How far the clock there is ahead of the one here; none when no packet was seen by both.
+    pub fn between(here: &Crossings, there: &Crossings) -> Option<Self> {
+        let mut samples = samples(here, there);
+        let mut differences: Vec<i64> = samples.iter().map(|sample| sample.difference).collect();
+        if samples.is_empty() {
+            return None;
+        }
+        let middle = differences.len() / 2;
+        let usual = *differences.select_nth_unstable(middle).1;
+        samples.retain(|sample| (sample.difference - usual).abs() <= STRAY);
+        samples.sort_by_key(|sample| sample.there);
+        let origin = samples.first()?.there;
+        // The slope has to explain the packets better than none does: fewer steps, or a wider way between them.
+        let [straight, level] = [rate(origin, &samples), 0.0].map(|rate| Self::along(origin, rate, &samples));
+        let better =
+            |one: &Self, other: &Self| (one.steps.len(), other.bound) < (other.steps.len(), one.bound);
+        Some(if better(&straight, &level) {
+            straight
+        } else {
+            level
+        })
+    }
+
+    fn along(origin: u64, rate: f64, samples: &[Sample]) -> Self {
+        let mut offset = Self {
+            origin,
+            rate,
+            ..Self::default()
+        };
+        offset.step_through(samples);
+        offset
+    }
+
+    /// Steps that no packet contradicts: as few as there can be. The clocks' own unsteadiness shows as their height.
+    fn step_through(&mut self, samples: &[Sample]) {
+        let mut begun = self.origin;
+        let mut widest = Some(0);
+        let mut range = Range::default();
+        for sample in samples {
+            let rest = sample.difference - self.run(sample.there);
+            let with = range.with(rest, sample.from_here);
+            if with.is_contradiction() {
+                widest = widest.max_known(range.half());
+                self.steps.push((begun, range.middle()));
+                begun = sample.there;
+                range = Range::default().with(rest, sample.from_here);
+            } else {
+                range = with;
+            }
+        }
+        // The last one may be too short to have packets of both directions.
+        let ahead = match (range.half(), self.steps.last()) {
+            (None, Some((_, before))) => range.closest_to(*before),
+            (half, _) => {
+                widest = widest.max_known(half);
+                range.middle()
+            }
+        };
+        self.steps.push((begun, ahead));
+        let heights = self.steps.windows(2).map(|pair| pair[0].1.abs_diff(pair[1].1));
+        let highest = heights.max().unwrap_or_default();
+        self.bound = widest.map(|widest| widest + highest);
+    }
+
+    /// What the rate makes since the origin.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_precision_loss,
+        reason = "a rate is below a thousandth, and a capture takes days at most"
+    )]
+    fn run(&self, there: u64) -> i64 {
+        let since = i128::from(there) - i128::from(self.origin);
+        (since as f64 * self.rate) as i64
+    }
+
+    /// Nanoseconds by which the clock there is ahead when it shows `there`.
+    pub fn at(&self, there: u64) -> i64 {
+        let next = self.steps.partition_point(|(since, _)| *since <= there);
+        let step = self
+            .steps
+            .get(next.saturating_sub(1))
+            .map_or(0, |(_, ahead)| *ahead);
+        step + self.run(there)
+    }
+
+    /// A time there on the clock here.
+    pub fn to_here(&self, there: u64) -> u64 {
+        there.saturating_add_signed(self.at(there).saturating_neg())
+    }
+
+    /// The estimate is wrong by so many nanoseconds at most; none if packets went one way only.
+    pub fn bound(&self) -> Option<u64> {
+        self.bound
+    }
+}
+
+/// What the packets of a span leave possible.
+#[derive(Clone, Copy, Debug, Default)]
+struct Range {
+    least: Option<i64>,
+    most: Option<i64>,
+}
+
+impl Range {
+    fn with(self, difference: i64, from_here: bool) -> Self {
+        if from_here {
+            let most = Some(self.most.map_or(difference, |most| most.min(difference)));
+            Self { most, ..self }
+        } else {
+            let least = self.least.max(Some(difference));
+            Self { least, ..self }
+        }
+    }
+
+    fn is_contradiction(self) -> bool {
+        matches!((self.least, self.most), (Some(least), Some(most)) if least > most)
+    }
+
+    fn middle(self) -> i64 {
+        match (self.least, self.most) {
+            (Some(least), Some(most)) => least + (most - least) / 2,
+            (Some(least), None) => least + SHORTEST,
+            (None, Some(most)) => most - SHORTEST,
+            (None, None) => 0,
+        }
+    }
+
+    fn closest_to(self, ahead: i64) -> i64 {
+        let ahead = self.least.map_or(ahead, |least| ahead.max(least + SHORTEST));
+        self.most.map_or(ahead, |most| ahead.min(most - SHORTEST))
+    }
+
+    fn half(self) -> Option<u64> {
+        Some((self.most? - self.least?).unsigned_abs().div_ceil(2))
+    }
+}
+
+trait MaxKnown {
+    fn max_known(self, other: Self) -> Self;
+}
+
+impl MaxKnown for Option<u64> {
+    /// The larger, none if one is not known.
+    fn max_known(self, other: Self) -> Self {
+        Some(self?.max(other?))
+    }
+}
+
+fn samples(here: &Crossings, there: &Crossings) -> Vec<Sample> {
+    let pairs = |from: &Packets, to: &Packets, from_here: bool| -> Vec<Sample> {
+        let pair = |(key, left): (&u64, &Option<(u64, bool)>)| {
+            let ((left, uplink), (came, _)) = ((*left)?, (*to.get(key)?)?);
+            let (here, there) = if from_here { (left, came) } else { (came, left) };
+            let difference = i64::try_from(i128::from(there) - i128::from(here)).ok()?;
+            Some(Sample {
+                there,
+                difference,
+                from_here,
+                uplink,
+            })
+        };
+        from.iter().filter_map(pair).collect()
+    };
+    let mut samples = pairs(&here.left, &there.came, true);
+    samples.extend(pairs(&there.left, &here.came, false));
+    // Both directions are measured alike: at the uplinks, or, where these show encrypted packets only, at the tunnel devices.
+    for at in [true, false] {
+        let both = [true, false].map(|from_here| {
+            let mut here = samples.iter();
+            here.any(|sample| (sample.uplink, sample.from_here) == (at, from_here))
+        });
+        if both == [true; 2] {
+            samples.retain(|sample| sample.uplink == at);
+        }
+    }
+    samples
+}
+
+/// By how much the clock there runs faster: the slope of the line through the middles of the spans (least squares). A few
+/// alone have none.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "differences of times in one capture, and what is lost is far below a nanosecond a second"
+)]
+fn rate(origin: u64, samples: &[Sample]) -> f64 {
+    let spans = samples.chunk_by(|one, two| (one.there - origin) / SPAN == (two.there - origin) / SPAN);
+    let points: Vec<(f64, f64)> = spans
+        .filter_map(|span| {
+            let all = |range: Range, sample: &Sample| range.with(sample.difference, sample.from_here);
+            let range = span.iter().fold(Range::default(), all);
+            range.half()?;
+            let time = span[0].there.midpoint(span[span.len() - 1].there) - origin;
+            Some((time as f64, (range.middle() - samples[0].difference) as f64))
+        })
+        .collect();
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (time, ahead) = (mean(|point| point.0), mean(|point| point.1));
+    let spread: f64 = points.iter().map(|point| (point.0 - time).powi(2)).sum();
+    if points.len() < SPANS || spread == 0.0 {
+        return 0.0;
+    }
+    let common: f64 = points
+        .iter()
+        .map(|point| (point.0 - time) * (point.1 - ahead))
+        .sum();
+    common / spread
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+
+    use super::*;
+    use crate::correlate::properties::cases;
+
+    const HERE: u64 = 500_000_000_000;
+
+    /// A packet between the machines: when it leaves, how long it takes, and whether it comes from here.
+    type Crossing = (u64, u64, bool);
+
+    /// The two machines' views; the clock there is ahead and runs faster.
+    fn views(crossings: &[Crossing], ahead: i64, ppm: i64) -> (Crossings, Crossings) {
+        let (mut here, mut there) = (Crossings::default(), Crossings::default());
+        for (key, (left, delay, from_here)) in (0_u64..).zip(crossings) {
+            let (from, to) = (HERE + left, HERE + left + delay);
+            if *from_here {
+                here.left.insert(key, Some((from, true)));
+                there.came.insert(key, Some((shown(to, ahead, ppm), true)));
+            } else {
+                there.left.insert(key, Some((shown(from, ahead, ppm), true)));
+                here.came.insert(key, Some((to, true)));
+            }
+        }
+        (here, there)
+    }
+
+    /// What the clock there shows at a time here.
+    fn shown(time: u64, ahead: i64, ppm: i64) -> u64 {
+        let faster = i64::try_from(time - HERE).unwrap() * ppm / 1_000_000;
+        time.checked_add_signed(ahead + faster).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(cases(1000))]
+
+        /// A clock that runs as fast as the other is known within the bound; one that does not, nearly so. And no packet
+        /// arrives before it left.
+        #[test]
+        fn the_estimate_is_within_its_bound(
+            crossings in vec((0..20_000_000_000_u64, 20_000..3_000_000_u64, any::<bool>()), 2..300),
+            ahead in -10_000_000_000..10_000_000_000_i64,
+            ppm in prop_oneof![Just(0), -100..100_i64],
+        ) {
+            let (here, there) = views(&crossings, ahead, ppm);
+            let offset = Offset::between(&here, &there).expect("there are crossings");
+            for (left, delay, from_here) in crossings.iter().copied() {
+                let (from, to) = (HERE + left, HERE + left + delay);
+                let on_here = |time| offset.to_here(shown(time, ahead, ppm));
+                let (departure, arrival) = if from_here { (from, on_here(to)) } else { (on_here(from), to) };
+                prop_assert!(departure < arrival, "{departure} is not before {arrival}");
+                let error = if from_here { arrival.abs_diff(to) } else { departure.abs_diff(from) };
+                if let Some(bound) = offset.bound().filter(|_| ppm == 0) {
+                    // Where the packets are few, a line is laid through what is no more than chance.
+                    let chance = if offset.rate == 0.0 { 1 } else { 3_000_000 };
+                    prop_assert!(error <= bound + chance, "{error} is more than {bound}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn drift_is_followed() {
+        // A packet each way every 100 ms for a minute, 100 µs under way; the clock there is 3 s ahead and gains 50 µs/s.
+        let crossings: Vec<Crossing> = (0..1200)
+            .map(|number| (number * 50_000_000, 100_000, number % 2 == 0))
+            .collect();
+        let (here, there) = views(&crossings, 3_000_000_000, 50);
+        let offset = Offset::between(&here, &there).unwrap();
+        let bound = offset.bound().unwrap();
+        assert!((90_000..120_000).contains(&bound), "{bound}");
+        for second in 0..60 {
+            let time = HERE + second * 1_000_000_000;
+            let error = offset.to_here(shown(time, 3_000_000_000, 50)).abs_diff(time);
+            assert!(error < 10_000, "{error} ns at second {second}");
+        }
+    }
+
+    #[test]
+    fn one_direction_has_no_bound_and_keeps_the_order() {
+        let crossings = [(0, 5_000, true), (1_000_000, 9_000, true)];
+        let (here, there) = views(&crossings, -2_000_000_000, 0);
+        let offset = Offset::between(&here, &there).unwrap();
+        assert_eq!(offset.bound(), None);
+        assert_eq!(
+            offset.to_here(shown(HERE + 5_000, -2_000_000_000, 0)),
+            HERE + 1_000
+        );
+    }
+
+    #[test]
+    fn a_stray_pair_is_left_out() {
+        let mut crossings: Vec<Crossing> = (0..20)
+            .map(|number| (number * 1_000_000, 50_000, number % 2 == 0))
+            .collect();
+        // Equal content half a minute apart: two packets, each seen by one machine only.
+        crossings.push((1_000, 30_000_000_000, true));
+        let (here, there) = views(&crossings, 7, 0);
+        assert_eq!(Offset::between(&here, &there).unwrap().bound(), Some(50_000));
+    }
+
+    #[test]
+    fn strangers_have_no_offset() {
+        let (here, _) = views(&[(0, 10, true)], 0, 0);
+        assert_eq!(Offset::between(&here, &Crossings::default()), None);
+    }
+}
