@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use calitrace::{
-    correlate::{Config, Correlator, Hop, PacketTrace},
+    correlate::{Config, Correlator, Hop, Joint, PacketTrace},
     event::{Item, protocol_name},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -161,6 +161,9 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         name(trace.flow.src_pod.as_ref()),
         name(trace.flow.dst_pod.as_ref())
     )?;
+    if trace.certainty == Joint::Order {
+        writeln!(text, "  which of several alike, their order decided")?;
+    }
     for step in &trace.nat {
         let (from, to) = (&step.from, &step.to);
         let kind = format!("{:?}", step.kind).to_lowercase();

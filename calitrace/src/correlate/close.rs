@@ -1,8 +1,8 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DropReport, FlowName, NatStep, PacketTrace, SightedEncap, Sighting, Verdict,
-    hops, key,
+    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, NatStep, PacketTrace, SightedEncap, Sighting,
+    Verdict, hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
     underlay, verdict, waypoint,
@@ -34,6 +34,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         start: topology.realtime(first.time),
         length: open.packet.length,
         verdict,
+        certainty: certainty(open, topology, now),
         drop: drop_report(open, topology),
         answer: open.answered.map(|answered| Answer {
             kind: answered.kind,
@@ -61,6 +62,15 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         closed_monotonic: now,
         packet: open.packet.clone(),
     }
+}
+
+/// As the least sure of its sightings.
+fn certainty(open: &Open, topology: &Topology, now: u64) -> Joint {
+    let numbered = open.numbered && open.part.is_numbered(&open.packet);
+    let others_missing = open.seen.len() > 1 && !numbered && topology.ledgers.lost(open.first().time, now);
+    let joints = open.seen.iter().filter_map(|seen| seen.joined);
+    let least = joints.max().unwrap_or(Joint::Skb);
+    if others_missing { Joint::Order } else { least }
 }
 
 /// Where it may have been handed on past all hooks, if none saw it go on.
@@ -121,6 +131,7 @@ fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topolog
         netns: seen.netns,
         interface: topology.interface_name(seen.netns, seen.ifindex).cloned(),
         hook: hooks::row(seen.hook).name,
+        joined: seen.joined,
         direction: match seen.hook.direction() {
             Direction::Ingress => Some("ingress"),
             Direction::Egress => Some("egress"),

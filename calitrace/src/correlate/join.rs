@@ -6,6 +6,7 @@
 use smallvec::SmallVec;
 
 use super::{
+    Joint,
     key::{self, Part},
     nat::Translations,
     open::{Open, OpenTraces, Seen, WINDOW},
@@ -54,25 +55,46 @@ impl<'a> Sight<'a> {
             ttl: observation.packet.ttl,
             in_pod: self.place.in_pod,
             flow: 0,
+            joined: None,
             encap: observation.encap,
         }
     }
 }
 
-/// The traces that an observation belongs to: one, or for merged TCP segments several.
-pub(super) type Joined = SmallVec<[u32; 8]>;
+/// What an observation belongs to.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// The traces: one, or for merged TCP segments several; and why.
+    pub(super) traces: SmallVec<[(u32, Joint); 4]>,
+    /// One that it may as well belong to.
+    pub(super) rival: Option<u32>,
+}
 
-/// Finds them. When the flow of the last sighting was another one, the observation shows a translation.
+impl Found {
+    fn by_content(chosen: Option<u32>, rival: Option<u32>) -> Self {
+        let joint = if rival.is_some() {
+            Joint::Order
+        } else {
+            Joint::Content
+        };
+        Self {
+            traces: chosen.map(|index| (index, joint)).into_iter().collect(),
+            rival,
+        }
+    }
+}
+
+/// Finds it. When the flow of the last sighting was another one, the observation shows a translation.
 pub(super) fn find(
     sight: &Sight<'_>,
     open: &OpenTraces,
     topology: &Topology,
     translations: &Translations,
-) -> Joined {
-    let mut joined = Joined::new();
+) -> Found {
+    let mut found = Found::default();
     // What a pod sends has been nowhere before.
     if sight.observation.hook == Hook::WorkloadIngress {
-        return joined;
+        return found;
     }
     let mut flow = sight.flow;
     if let Some(index) = open.by_skb(sight.place.node, sight.observation.skb)
@@ -80,17 +102,17 @@ pub(super) fn find(
     {
         let trace = open.get(index);
         flow = *trace.flow_at(trace.last_of(sight.part.interval()));
-        joined.push(index);
+        found.traces.push((index, Joint::Skb));
     }
     if sight.part.is_stream() {
-        by_interval(sight, open, sight.place.cluster, &flow, &mut joined);
-    } else if joined.is_empty() {
-        joined.extend(by_content(sight, open, sight.place.cluster));
+        by_interval(sight, open, sight.place.cluster, &flow, &mut found);
+    } else if found.traces.is_empty() {
+        found = by_content(sight, open, sight.place.cluster);
     }
-    if joined.is_empty() && sight.place.cluster == NO_CLUSTER {
-        elsewhere(sight, open, topology, &mut joined);
+    if found.traces.is_empty() && sight.place.cluster == NO_CLUSTER {
+        found = elsewhere(sight, open, topology);
     }
-    joined
+    found
 }
 
 /// Within a node: the same `sk_buff`, checked by content.
@@ -116,29 +138,36 @@ fn by_skb(sight: &Sight<'_>, trace: &Open, topology: &Topology, translations: &T
 
 /// The same content, the oldest first: packets of a flow keep their order. One that was seen to leave comes before one
 /// whose leaving must have been missed.
-fn by_content(sight: &Sight<'_>, open: &OpenTraces, cluster: u32) -> Option<u32> {
-    let mut missed = None;
-    for index in open.by_content(cluster, &sight.flow, &sight.part) {
+fn by_content(sight: &Sight<'_>, open: &OpenTraces, cluster: u32) -> Found {
+    let candidates = open.by_content(cluster, &sight.flow, &sight.part).iter().copied();
+    let candidates = candidates.filter(|index| {
         let trace = open.get(*index);
-        if *trace.current() != sight.flow || !trace.part.matches(&sight.part, false) || !may_be(sight, trace)
-        {
-            continue;
+        *trace.current() == sight.flow && trace.part.matches(&sight.part, false) && may_be(sight, trace)
+    });
+    let (mut left, mut missed, mut rival) = (None, None, None);
+    for index in candidates {
+        let first = if open.get(index).last().is_egress() {
+            &mut left
+        } else {
+            &mut missed
+        };
+        match first {
+            None => *first = Some(index),
+            Some(_) => rival = rival.or(Some(index)),
         }
-        if trace.last().is_egress() {
-            return Some(*index);
+        if left.is_some() && (rival.is_some() || missed.is_some()) {
+            break;
         }
-        missed = missed.or(Some(*index));
     }
-    missed
+    Found::by_content(left.or(missed), rival.or(left.and(missed)))
 }
 
-/// TCP data: bytes in common, each byte once.
-fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, joined: &mut Joined) {
+/// TCP data: bytes in common, each byte once. Of packets with the same bytes the one whose IP id it has, else the oldest.
+fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, found: &mut Found) {
     let (seq, len) = sight.part.interval();
-    let mut taken: SmallVec<[(u32, u32); 8]> = joined
-        .iter()
-        .map(|index| open.get(*index).part.interval())
-        .collect();
+    let interval = |index: u32| open.get(index).part.interval();
+    let mut taken: SmallVec<[(u32, u32); 8]> =
+        found.traces.iter().map(|(index, _)| interval(*index)).collect();
     let common: u32 = taken
         .iter()
         .map(|other| key::overlap(seq, len, other.0, other.1))
@@ -146,18 +175,53 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
     if common >= len {
         return;
     }
-    for index in open.by_interval(cluster, flow, &sight.part) {
-        let trace = open.get(index);
-        let (start, length) = trace.part.interval();
-        let free = taken
-            .iter()
-            .all(|other| key::overlap(start, length, other.0, other.1) == 0);
+    let mut candidates = open.by_interval(cluster, flow, &sight.part);
+    candidates.retain(|index| {
+        if found.traces.iter().any(|(known, _)| known == index) {
+            return false;
+        }
+        let trace = open.get(*index);
         let same_flow = trace.flow_at(trace.last_of(sight.part.interval())) == flow;
-        if free && same_flow && trace.part.matches(&sight.part, false) && may_be(sight, trace) {
+        same_flow && trace.part.matches(&sight.part, false) && may_be(sight, trace)
+    });
+    let fits = |index: &u32| has_id(sight, open.get(*index));
+    if candidates.iter().any(fits) {
+        candidates.sort_by_key(|index| !fits(index));
+    }
+    let first = found.traces.len();
+    for index in candidates {
+        let (start, length) = interval(index);
+        let shares = |other: &(u32, u32)| key::overlap(start, length, other.0, other.1) > 0;
+        if !taken.iter().any(shares) {
             taken.push((start, length));
-            joined.push(index);
+            found.traces.push((index, Joint::Content));
+        } else if !found.traces.iter().any(|(chosen, _)| fits(chosen)) {
+            found.rival = Some(index);
         }
     }
+    if found.rival.is_some() {
+        found.traces[first..]
+            .iter_mut()
+            .for_each(|(_, joint)| *joint = Joint::Order);
+    }
+}
+
+/// Whether what has the trace's content has its number, too.
+pub(super) fn is_numbered_alike(sight: &Sight<'_>, trace: &Open) -> bool {
+    !sight.part.is_stream() || has_id(sight, trace)
+}
+
+/// Whether a segment has the IP id that it would have as a piece of the trace's packet: segments are numbered from the id of
+/// what they were cut from (`inet_gso_segment`, `net/ipv4/af_inet.c`, 6.1), and of merged ones the first one's stays.
+fn has_id(sight: &Sight<'_>, trace: &Open) -> bool {
+    let (packet, whole) = (&sight.observation.packet, &trace.packet);
+    let offset = sight.part.interval().0.wrapping_sub(trace.part.interval().0);
+    let segment = match (offset, u32::from(whole.gso_size)) {
+        (0, _) => 0,
+        (offset, size) if size > 0 && offset < trace.part.interval().1 => offset / size,
+        _ => return false,
+    };
+    packet.ip_id != 0 && packet.ip_id == (whole.ip_id + segment) & 0xffff
 }
 
 /// Drops in a namespace that is no node's (a pod that is not known yet, the bridge between nodes), or whose device is
@@ -165,7 +229,7 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
 ///
 /// `kfree_skb` sees the whole machine. What left the nodes that are observed may be dropped on one that is not, but on
 /// this machine, too; that is not looked at, so that a node watched alone shows the same wherever the others are.
-fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: &mut Joined) {
+fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology) -> Found {
     let skb = sight.observation.skb;
     let same = |node| {
         open.by_skb(node, skb)
@@ -173,23 +237,27 @@ fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology, joined: 
     };
     let machine = machine_of(sight.observation.netns);
     let nodes = topology.nodes().filter(|node| machine_of(*node) == machine);
-    joined.extend(nodes.filter_map(same));
-    if joined.is_empty() {
+    let mut found = Found::default();
+    found
+        .traces
+        .extend(nodes.filter_map(same).map(|index| (index, Joint::Skb)));
+    if found.traces.is_empty() {
         for cluster in topology.clusters() {
             if sight.part.is_stream() {
-                by_interval(sight, open, *cluster, &sight.flow, joined);
+                by_interval(sight, open, *cluster, &sight.flow, &mut found);
             } else {
-                joined.extend(by_content(sight, open, *cluster));
+                let own = by_content(sight, open, *cluster);
+                found.traces.extend(own.traces);
+                found.rival = found.rival.or(own.rival);
             }
         }
     }
-    let cluster = joined.first().map(|index| open.get(*index).cluster);
-    if joined
-        .iter()
-        .any(|index| Some(open.get(*index).cluster) != cluster)
-    {
-        joined.clear();
+    let mut clusters = found.traces.iter().map(|(index, _)| open.get(*index).cluster);
+    let first = clusters.next();
+    if clusters.any(|cluster| Some(cluster) != first) {
+        found = Found::default();
     }
+    found
 }
 
 /// Whether the drop of an `sk_buff` that was last seen on `node` is a drop of the trace's packet.

@@ -203,6 +203,11 @@ impl Part {
         }
     }
 
+    /// Whether the kernel numbers it, so that another packet of its flow with the same content has another number.
+    pub(super) fn is_numbered(&self, packet: &Packet) -> bool {
+        packet.ip_id != 0 || matches!(self, Self::Echo { .. })
+    }
+
     /// Whether its sequence interval can be cut and merged on the way.
     pub(super) fn is_stream(&self) -> bool {
         matches!(self, Self::TcpData { .. })

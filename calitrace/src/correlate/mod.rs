@@ -34,7 +34,7 @@ use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, NatKind, NatStep,
+    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, NatKind, NatStep,
     PacketTrace, SightedEncap, Sighting, Verdict,
 };
 
@@ -144,8 +144,8 @@ impl Correlator {
             self.swallowed(&sight);
             return;
         }
-        let joined = join::find(&sight, &self.open, &self.topology, &self.translations);
-        if joined.is_empty() {
+        let found = join::find(&sight, &self.open, &self.topology, &self.translations);
+        if found.traces.is_empty() {
             // A drop of a packet that passed no hook: other people's traffic, what never left a pod, or the end of a
             // copy whose packet was told of already.
             let place = sight.place;
@@ -163,8 +163,17 @@ impl Correlator {
             self.settle(index, &sight);
             return;
         }
-        for index in joined {
+        if let Some(rival) = found.rival {
+            self.open.get_mut(rival).alike = true;
+        }
+        for (index, joint) in found.traces {
+            let trace = self.open.get_mut(index);
+            trace.alike |= joint == Joint::Order;
+            trace.numbered &= join::is_numbered_alike(&sight, trace);
             let mut seen = sight.seen();
+            // Which of those that are alike it was, the order decided, this time or before.
+            let decided = joint != Joint::Skb && trace.alike;
+            seen.joined = Some(if decided { Joint::Order } else { joint });
             seen.flow = self.translate(index, &sight);
             if sight.place.cluster == NO_CLUSTER {
                 self.adopt(index, &mut seen);
@@ -231,6 +240,8 @@ impl Correlator {
             swallowed: None,
             answers: answers.map(|found| self.open.id(found.index)),
             findable: false,
+            alike: false,
+            numbered: true,
             close_at: u64::MAX,
         });
         self.open.append(index, sight.seen());

@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use super::{
-    AnswerKind, Endpoint, NatKind,
+    AnswerKind, Endpoint, Joint, NatKind,
     key::{self, Part},
     timers::Hold,
     underlay::Swallowed,
@@ -39,6 +39,8 @@ pub(super) struct Seen {
     pub(super) in_pod: bool,
     /// Which of the trace's flows it had: 0 is the sender's, then those after each translation.
     pub(super) flow: u8,
+    /// Why it is of this packet; none for the first.
+    pub(super) joined: Option<Joint>,
     pub(super) encap: Option<Encap>,
 }
 
@@ -112,6 +114,10 @@ pub(super) struct Open {
     pub(super) answers: Option<Id>,
     /// Packets to come may be this one: it is in the index by content.
     pub(super) findable: bool,
+    /// Another one with the same content was under way at the same time.
+    pub(super) alike: bool,
+    /// All that was joined had the number that the kernel gives no other packet of the flow.
+    pub(super) numbered: bool,
     pub(super) close_at: u64,
 }
 

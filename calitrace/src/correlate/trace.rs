@@ -48,6 +48,8 @@ pub struct PacketTrace {
     pub length: u32,
     /// How it ended.
     pub verdict: Verdict,
+    /// How sure it is that all observations are of this packet: as the least sure of them.
+    pub certainty: Joint,
     /// Set when the kernel freed it as a drop (verdicts dropped, expired, and rejected where seen).
     pub drop: Option<DropReport>,
     /// Who answered, for expired and rejected packets, echo requests and handshakes.
@@ -148,6 +150,18 @@ pub enum AnswerKind {
     SynAck,
 }
 
+/// Why an observation is taken for one of the packet, the surest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Joint {
+    /// The same `sk_buff` on the same node, and the same content.
+    Skb,
+    /// The same content, and nothing else under way had it.
+    Content,
+    /// Others with the same content were under way, or their records may be lost: packets of a flow keep their order.
+    Order,
+}
+
 /// An address translation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NatStep {
@@ -228,6 +242,8 @@ pub struct Sighting {
     pub interface: Option<String>,
     /// Name of the hook.
     pub hook: &'static str,
+    /// Why it is taken for one of this packet; null for the first.
+    pub joined: Option<Joint>,
     /// `ingress`, `egress`, or null for hooks without a direction.
     pub direction: Option<&'static str>,
     /// Nanoseconds after the packet's first observation.

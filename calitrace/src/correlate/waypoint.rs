@@ -2,6 +2,7 @@
 //! begins or ends with one, and no verdict needs one.
 
 use super::{
+    Joint,
     join::{self, Sight},
     nat::Translations,
     open::{Open, OpenTraces, Seen},
@@ -45,6 +46,7 @@ pub(super) fn take(sight: &Sight<'_>, open: &mut OpenTraces, translations: &mut 
         return;
     }
     let mut seen = sight.seen();
+    seen.joined = Some(Joint::Skb);
     if is_judgement(observation.detail) {
         // The packet was gone: what it was the drop's sighting says.
         let last = trace.last();

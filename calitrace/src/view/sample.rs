@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::SECOND;
 use crate::{
     correlate::{
-        Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, PacketTrace, SightedEncap, Sighting,
+        Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Joint, PacketTrace, SightedEncap, Sighting,
         Verdict,
     },
     event::{EncapKind, Packet, Transport},
@@ -50,6 +50,7 @@ pub(crate) fn delivered(start: u64, transport: Transport) -> PacketTrace {
         start: 1_668_000_000 * SECOND + start,
         length: 84,
         verdict: Verdict::Delivered,
+        certainty: Joint::Content,
         drop: None,
         answer: None,
         nat: Vec::new(),
@@ -219,6 +220,7 @@ fn sighting(
         netns: if node == "minikube" { 1 } else { 2 },
         interface: Some(interface.into()),
         hook,
+        joined: (elapsed_ns > 0).then_some(Joint::Content),
         direction: hook.rsplit_once('_').map(|(_, direction)| direction),
         elapsed_ns,
         ttl,

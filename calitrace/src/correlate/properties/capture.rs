@@ -126,7 +126,7 @@ fn ledger(time: u64, lost: u64) -> Item {
 pub(super) fn tell(trace: &PacketTrace, walked: &[Walked]) -> String {
     let flow = trace.flow.flow;
     let hops: Vec<_> = trace.hops.iter().map(|hop| hop.address).collect();
-    let mut text = format!("{:?} {flow:?} hops {hops:?}", trace.verdict);
+    let mut text = format!("{:?} {:?} {flow:?} hops {hops:?}", trace.verdict, trace.certainty);
     for seen in &trace.observations {
         let time = trace.start_monotonic + seen.elapsed_ns;
         let of = walked.iter().find(|walked| walked.observation.time == time);

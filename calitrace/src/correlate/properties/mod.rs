@@ -14,11 +14,11 @@ use proptest::{collection::vec, prelude::*};
 
 pub(super) use capture::DRAIN;
 use capture::{Capture, correlate, packets, tell};
-use model::{Fate, Sent, Way, ends, sent};
+use model::{Fate, Kind, Sent, Way, ends, sent};
 pub(super) use path::BEGIN;
 use path::{Offloads, Walk, walk};
 
-use super::{PacketTrace, Verdict};
+use super::{Joint, PacketTrace, Verdict};
 use crate::event::EncapKind;
 
 /// How often a property is tried unless the environment says otherwise.
@@ -96,6 +96,9 @@ proptest! {
             let number = of[0];
             let observed = walked.iter().filter(|walked| walked.numbers.contains(&number) && walked.observation.skb != 0);
             prop_assert_eq!(trace.observations.len(), observed.count(), "not whole: {}", tell(trace, &walked));
+            // Only where there are others alike does the order decide.
+            let alike = all.iter().any(|(other, _)| other.again && other.spec == all[number].0.spec);
+            prop_assert!(trace.certainty < Joint::Order || alike, "{}", tell(trace, &walked));
             let (sent, copy) = &all[number];
             prop_assert_eq!(trace.verdict, due(sent), "{}", tell(trace, &walked));
             if copy.is_none() {
@@ -138,6 +141,36 @@ proptest! {
             if of.len() == 1 {
                 hops_are_true(&trace, sent)?;
             }
+        }
+    }
+
+    /// Where packets are alike and records are lost, traces may mix them; but none says that it is sure.
+    #[test]
+    fn what_order_decides_is_said(
+        mut sent in sent(30),
+        encap in encap(),
+        offloads in offloads(),
+        capture in Capture::any(),
+        kept in vec(prop::bool::weighted(0.8), 240),
+    ) {
+        for packet in &mut sent {
+            packet.again &= packet.spec.kind == Kind::Data || !packet.spec.is_numbered();
+        }
+        let mut walk = walk(&sent, encap, &offloads, false);
+        walk.unite_copies();
+        let Walk { mut walked, packets: all } = walk;
+        let before = walked.len();
+        let mut kept = kept.into_iter().cycle();
+        walked.retain(|_| kept.next().unwrap_or(true));
+        let lost = (before - walked.len()) as u64;
+        for trace in correlate(&walked, encap, &capture, lost) {
+            let of = packets(&trace, &walked);
+            if trace.certainty == Joint::Order {
+                continue;
+            }
+            prop_assert!(!of.is_empty(), "mixed: {}", tell(&trace, &walked));
+            let told = trace.verdict;
+            prop_assert!(told == Verdict::Unknown || told == due(&all[of[0]].0), "{}", tell(&trace, &walked));
         }
     }
 

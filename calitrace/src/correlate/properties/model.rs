@@ -96,6 +96,13 @@ pub(super) struct Sent {
     pub(super) again: bool,
 }
 
+impl Spec {
+    /// Whether the kernel numbers the packets, so that none has the same number as another with the same bytes.
+    pub(super) fn is_numbered(&self) -> bool {
+        self.kind == Kind::Echo || !self.v6 && self.kind != Kind::UdpWithoutId
+    }
+}
+
 impl Sent {
     /// An echo request that arrives, the first thing sent.
     pub(super) fn ping(way: Way) -> Self {

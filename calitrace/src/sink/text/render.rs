@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::{super::traceroute, sentence};
 use crate::{
-    correlate::{Certainty, NatKind, NatStep, PacketTrace},
+    correlate::{Certainty, Joint, NatKind, NatStep, PacketTrace},
     event::{EncapKind, Ledger, Transport, has_ports, protocol_name},
     view::{Block, Kind, Line, Step},
 };
@@ -94,6 +94,10 @@ pub(super) fn block(block: &Block) -> Vec<Row> {
             nat.filter(|_| !line.way.is_empty())
                 .map(|step| row(Look::Faint, translation(step))),
         );
+    }
+    if block.latest.certainty == Joint::Order {
+        let text = "packets with the same content: which is which, their order decided";
+        rows.push(row(Look::Faint, format!("{INDENT}{text}")));
     }
     rows.extend(clocks(&block.latest).map(|text| row(Look::Faint, format!("{INDENT}{text}"))));
     if !block.stray.is_empty() {
