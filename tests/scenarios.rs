@@ -82,7 +82,8 @@ fn run(file: &Path) -> Result<()> {
 fn without_times(traces: &str) -> String {
     let words = |line: &str| {
         let mut words: Vec<&str> = line.split(' ').collect();
-        while let Some(at) = words.iter().position(|word| matches!(*word, "arrived" | "left")) {
+        let is_time = |pair: &[&str]| matches!(pair[0], "arrived" | "left") && pair[1].parse::<u64>().is_ok();
+        while let Some(at) = words.windows(2).position(is_time) {
             words.drain(at..at + 2);
         }
         words.join(" ") + "\n"
@@ -161,6 +162,9 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         name(trace.flow.src_pod.as_ref()),
         name(trace.flow.dst_pod.as_ref())
     )?;
+    if let Some(times) = trace.retransmit {
+        writeln!(text, "  retransmit {times}")?;
+    }
     if trace.certainty == Joint::Order {
         writeln!(text, "  which of several alike, their order decided")?;
     }

@@ -35,6 +35,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         length: open.packet.length,
         verdict,
         certainty: certainty(open, topology, now),
+        retransmit: open.retransmit,
         drop: drop_report(open, topology),
         answer: open.answered.map(|answered| Answer {
             kind: answered.kind,

@@ -254,13 +254,17 @@ pub(super) fn reference(cluster: u32, flow: &Flow, tag: u32) -> u64 {
 /// The key of a packet between two machines, well mixed; `uplink` tells what is seen at the uplinks from what is seen at tunnel
 /// devices.
 ///
-/// The timestamp tells TCP data that is sent again from the first time it was, whatever was cut and merged.
+/// TCP data goes by its first byte, which cutting and merging leave in front; IP id and timestamp tell what is sent again
+/// from the first time it was.
 pub(super) fn crossing(uplink: bool, packet: &Packet) -> u64 {
-    let stamp = match packet.transport {
-        Transport::Tcp { tsval, .. } => tsval,
-        _ => None,
+    let flow = packet.flow();
+    let key = match packet.transport {
+        Transport::Tcp {
+            seq, payload, tsval, ..
+        } if payload > 0 => hash(&(uplink, flow, seq, packet.ip_id, tsval)),
+        _ => hash(&(uplink, flow, Part::of(packet))),
     };
-    hash(&(uplink, packet.flow(), Part::of(packet), stamp)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 /// The key of a flow's TCP data.

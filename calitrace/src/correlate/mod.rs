@@ -5,6 +5,7 @@
 //! An observation passes [`order`] (oldest first), [`join`] (whose packet is it?), and the steps of [`Correlator`] that
 //! say what it means for its trace; a deadline closes the trace, and [`close`] writes down what it was.
 
+mod again;
 mod answer;
 mod clocks;
 mod close;
@@ -26,6 +27,7 @@ mod underlay;
 mod verdict;
 mod waypoint;
 
+use again::Again;
 pub use clocks::{Crossings, Offset};
 use join::Sight;
 use nat::Translations;
@@ -62,6 +64,7 @@ pub struct Correlator {
     open: OpenTraces,
     timers: Timers,
     translations: Translations,
+    again: Again,
     newest: u64,
     evicted: u64,
 }
@@ -76,6 +79,7 @@ impl Correlator {
             open: OpenTraces::default(),
             timers: Timers::default(),
             translations: Translations::default(),
+            again: Again::default(),
             newest: 0,
             evicted: 0,
         }
@@ -224,8 +228,13 @@ impl Correlator {
         let observation = sight.observation;
         let cluster = sight.place.cluster;
         let answers = answer::find(&self.open, cluster, &observation.packet, &sight.flow);
+        let pod_sends = observation.hook == Hook::WorkloadIngress;
+        let retransmit = pod_sends
+            .then(|| self.again.sent(cluster, &sight.flow, &observation.packet))
+            .flatten();
         let index = self.open.insert(Open {
             cluster,
+            retransmit,
             packet: observation.packet.clone(),
             part: sight.part,
             flow: sight.flow,

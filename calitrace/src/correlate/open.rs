@@ -112,6 +112,8 @@ pub(super) struct Open {
     pub(super) swallowed: Option<Box<Swallowed>>,
     /// The trace that this packet answers.
     pub(super) answers: Option<Id>,
+    /// Which retransmission it is.
+    pub(super) retransmit: Option<u32>,
     /// Packets to come may be this one: it is in the index by content.
     pub(super) findable: bool,
     /// Another one with the same content was under way at the same time.

@@ -50,6 +50,8 @@ pub struct PacketTrace {
     pub verdict: Verdict,
     /// How sure it is that all observations are of this packet: as the least sure of them.
     pub certainty: Joint,
+    /// How often its first byte had been sent before, of TCP seen where a pod sent it; null for what is sent for the first time.
+    pub retransmit: Option<u32>,
     /// Set when the kernel freed it as a drop (verdicts dropped, expired, and rejected where seen).
     pub drop: Option<DropReport>,
     /// Who answered, for expired and rejected packets, echo requests and handshakes.

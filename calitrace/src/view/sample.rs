@@ -51,6 +51,7 @@ pub(crate) fn delivered(start: u64, transport: Transport) -> PacketTrace {
         length: 84,
         verdict: Verdict::Delivered,
         certainty: Joint::Content,
+        retransmit: None,
         drop: None,
         answer: None,
         nat: Vec::new(),

@@ -235,7 +235,10 @@ fn what(packet: &PacketTrace) -> String {
         Transport::Echo { reply: true, .. } => format!("{name} echo reply"),
         Transport::IcmpError { icmp_type, code, .. } => format!("{name} error {icmp_type}/{code}"),
         Transport::Icmp { icmp_type, .. } => format!("{name} type {icmp_type}"),
-        _ => name,
+        _ => match packet.retransmit {
+            Some(times) => format!("{name} retransmit {times}"),
+            None => name,
+        },
     }
 }
 

@@ -104,6 +104,24 @@ fn a_dropped_packet_ends_with_where_and_why() {
 }
 
 #[test]
+fn a_retransmission_is_called_one() {
+    let transport = Transport::Tcp {
+        src_port: 40_000,
+        dst_port: 80,
+        seq: 1,
+        ack: 1,
+        flags: 16,
+        window: 500,
+        tsval: None,
+        payload: 100,
+    };
+    let mut again = sample::delivered(0, transport);
+    again.retransmit = Some(2);
+    let text = printed([again]);
+    assert!(text.contains("   TCP retransmit 2   1 packet"), "{text}");
+}
+
+#[test]
 fn times_of_several_clocks_have_their_bound() {
     let mut ping = sample::ping(0, 1);
     for hop in &mut ping.hops[1..] {
