@@ -26,7 +26,7 @@ use crate::event::Netns;
 /// Bytes after which a batch is handed on although the ring is not empty.
 const BATCH_BYTES: usize = 1 << 20;
 /// How long at most passes without a batch, even an empty one.
-const IDLE: Duration = Duration::from_millis(100);
+const IDLE: Duration = Duration::from_millis(10);
 
 /// Rings that the drain is to read: those of instances loaded while it runs arrive here.
 pub(super) struct Rings {
@@ -62,8 +62,8 @@ impl Ring {
 pub struct Batch {
     bytes: Vec<u8>,
     ends: Vec<u32>,
-    /// `CLOCK_MONOTONIC` in nanoseconds when the drain began: a record made before it is in this batch or an earlier
-    /// one, unless its program was still running then.
+    /// `CLOCK_MONOTONIC` in nanoseconds when all rings were last begun to be emptied: a record made before it is in this
+    /// batch or an earlier one, unless its program was still running then.
     pub time: u64,
 }
 
@@ -141,7 +141,7 @@ pub struct Drain {
 
 impl Drain {
     /// Starts the thread. Every `period`, or earlier when the ring fills up, it hands the records on by `sender`;
-    /// without any, an empty batch at least every 100 ms.
+    /// without any, an empty batch at least every 10 ms.
     ///
     /// The channel bounds what user space keeps: while it is full the thread waits, the ring fills up behind it, and
     /// the kernel side counts what it then refuses. Once the receiver is gone, records are dropped and counted.
@@ -173,6 +173,7 @@ impl Drain {
             deliver,
             dropped: Arc::clone(&dropped),
             since_batch: Duration::ZERO,
+            emptied: 0,
         };
         let thread = thread::Builder::new()
             .name("ring-drain".to_owned())
@@ -227,6 +228,8 @@ struct Worker<F> {
     dropped: Arc<Dropped>,
     /// Time since a batch was handed on.
     since_batch: Duration,
+    /// When the last round through all rings began, in nanoseconds.
+    emptied: u64,
 }
 
 impl<F: FnMut(Batch) -> Result<(), Batch>> Worker<F> {
@@ -265,35 +268,41 @@ impl<F: FnMut(Batch) -> Result<(), Batch>> Worker<F> {
     }
 
     fn drain(&mut self, last: bool) -> Result<()> {
-        let time = monotonic()?;
-        let mut batch = Batch {
-            time,
-            ..Batch::default()
-        };
+        let begun = monotonic()?;
+        let mut batch = self.batch();
         let mut handed = false;
         for index in 0..self.rings.len() {
-            loop {
+            // What is made meanwhile is for the next round, or a flood at one ring would keep the others waiting.
+            let mut behind = true;
+            while behind {
                 {
                     let Some(record) = self.rings[index].next() else {
                         break;
                     };
+                    behind = last || time(&record).is_none_or(|time| time < begun);
                     batch.push(&record);
                 }
                 if batch.full() {
-                    let next = Batch {
-                        time,
-                        ..Batch::default()
-                    };
+                    let next = self.batch();
                     self.hand_on(std::mem::replace(&mut batch, next));
                     handed = true;
                 }
             }
         }
+        self.emptied = begun;
+        batch.time = begun;
         self.since_batch += self.period;
-        if !batch.is_empty() || last || (!handed && self.since_batch >= IDLE) {
+        if handed || !batch.is_empty() || last || self.since_batch >= IDLE {
             self.hand_on(batch);
         }
         Ok(())
+    }
+
+    fn batch(&self) -> Batch {
+        Batch {
+            time: self.emptied,
+            ..Batch::default()
+        }
     }
 
     fn hand_on(&mut self, batch: Batch) {
@@ -302,6 +311,12 @@ impl<F: FnMut(Batch) -> Result<(), Batch>> Worker<F> {
             batch.iter().for_each(|record| self.dropped.count(record));
         }
     }
+}
+
+/// When a record was made.
+fn time(record: &[u8]) -> Option<u64> {
+    let bytes = record.get(offset_of!(Plain, time)..)?.first_chunk()?;
+    Some(u64::from_ne_bytes(*bytes))
 }
 
 fn monotonic() -> Result<u64> {

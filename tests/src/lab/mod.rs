@@ -375,7 +375,13 @@ impl Lab {
         }
         names
             .iter()
-            .try_for_each(|name| wait_for_links(&Namespace::open(name)?))
+            .try_for_each(|name| wait_for_links(&Namespace::open(name)?))?;
+        if self.options.encapsulation == Encapsulation::Wireguard {
+            for (node, peer) in plan::pairs(&nodes) {
+                wireguard::shake_hands(node, peer)?;
+            }
+        }
+        Ok(())
     }
 
     fn build_node(&self, index: usize) -> Result<Child> {

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use super::plan::{Node, WIREGUARD};
 use crate::command;
 use crate::namespace::Namespace;
+use crate::wait::wait_until;
 
 const DEVICE: &str = "wireguard.cali";
 
@@ -40,4 +41,22 @@ pub(super) fn connect(node: &Node, peer: &Node) -> Result<()> {
     command::run(&mut set)
         .with_context(|| format!("cannot make {} a WireGuard peer of {}", peer.name, node.name))?;
     Ok(())
+}
+
+/// Sends a packet through the tunnel until one is answered: nodes of a cluster have shaken hands long ago, and what is sent
+/// while they do may be lost.
+pub(super) fn shake_hands(node: &Node, peer: &Node) -> Result<()> {
+    let namespace = Namespace::open(&node.namespace)?;
+    let to = peer.tunnel_address.to_string();
+    wait_until(
+        format_args!("an answer of {} to {} over WireGuard", peer.name, node.name),
+        || {
+            let output = namespace
+                .command("ping")
+                .args(["-q", "-c", "1", "-W", "1", &to])
+                .output()
+                .context("run ping")?;
+            Ok(output.status.success().then_some(()))
+        },
+    )
 }

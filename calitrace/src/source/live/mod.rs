@@ -1,28 +1,28 @@
 //! The live source: real packets of this host.
 //!
 //! Three threads. The *control* thread finds nodes, attaches hooks and learns facts; the *drain* thread empties the
-//! ring in batches; the caller's thread decodes, puts facts in front of observations and hands [`Item`]s on.
+//! rings in batches; the caller's thread decodes, puts facts in front of observations and hands [`Item`]s on, in order of
+//! time.
 
 mod attach;
 mod clock;
 mod control;
 mod enrich;
 mod ledger;
+mod pending;
 mod repair;
 
 use std::{ops::ControlFlow, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use tokio::{
-    sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel},
-    time::MissedTickBehavior,
-};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel};
 
 use self::{
     control::{Control, Message, Settings},
     enrich::HopAddresses,
     ledger::Books,
+    pending::Pending,
 };
 use crate::{
     calico::{self, NodeView},
@@ -35,8 +35,6 @@ pub const DRAIN_PERIOD: Duration = Duration::from_millis(5);
 /// Batches that may wait for the caller. While they do, the ring fills up behind them, and what it then refuses is
 /// counted.
 const BATCHES: usize = 64;
-/// How often time moves on when no packet comes.
-const TICK: Duration = Duration::from_millis(10);
 
 /// Settings of a live capture.
 #[derive(Debug)]
@@ -123,6 +121,7 @@ impl Live {
             ready: Some(Box::new(ready)),
             messages,
             batches,
+            pending: Pending::default(),
             names,
             dropped: drain.dropped(),
         };
@@ -148,6 +147,7 @@ struct Stream {
     ready: Option<Ready>,
     messages: UnboundedReceiver<Message>,
     batches: Receiver<Batch>,
+    pending: Pending,
     names: Names,
     dropped: Arc<Dropped>,
 }
@@ -165,8 +165,6 @@ impl Stream {
         take: &mut impl FnMut(Item) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
         let mut stop = std::pin::pin!(stop);
-        let mut tick = tokio::time::interval(TICK);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // Biased: a fact always goes before the records that need it, and a flood cannot keep a signal out.
             let flow = tokio::select! {
@@ -174,7 +172,7 @@ impl Stream {
                 () = &mut stop => return Ok(()),
                 Some(message) = self.messages.recv() => self.message(message, take)?,
                 Some(batch) = self.batches.recv() => self.batch(&batch, take)?,
-                _ = tick.tick() => take(Item::Tick { time: clock::monotonic() })?,
+                else => return Ok(()),
             };
             if flow.is_break() {
                 return Ok(());
@@ -193,6 +191,7 @@ impl Stream {
             let _: ControlFlow<()> = self.batch(&batch, take)?;
         }
         stopping.await.context("wait for the drain thread")??;
+        let _: ControlFlow<()> = self.release(u64::MAX, take)?;
         let counts = kernel.counters().context("read the last counters")?;
         let time = clock::monotonic();
         let _: ControlFlow<()> = self.ledger(time, true, &counts, take)?;
@@ -244,13 +243,28 @@ impl Stream {
                     if let Some(fact) = self.hops.before(&observation) {
                         flow = either(flow, take(Item::Fact(fact))?);
                     }
-                    flow = either(flow, take(Item::Observation(observation))?);
+                    self.pending.push(observation);
                 }
                 Err(error) => {
                     log::error!("a record of the ring cannot be decoded: {error}");
                     self.dropped.count(record);
                 }
             }
+        }
+        let released = self.release(batch.time, take)?;
+        Ok(either(flow, released))
+    }
+
+    /// Hands on, in order of time, the observations made before all rings were last begun to be emptied. Without any, that
+    /// time has passed.
+    fn release(&mut self, time: u64, take: Take<'_>) -> Result<ControlFlow<()>> {
+        let released = self.pending.before(time);
+        if released.len() == 0 && time != u64::MAX {
+            return take(Item::Tick { time });
+        }
+        let mut flow = ControlFlow::Continue(());
+        for observation in released {
+            flow = either(flow, take(Item::Observation(observation))?);
         }
         Ok(flow)
     }
