@@ -135,6 +135,8 @@ pub mod names {
     pub const COUNTERS: &str = "COUNTERS";
     /// Hash map from [`super::InterfaceKey`] to slot.
     pub const INTERFACES: &str = "INTERFACES";
+    /// Array of one `u32`: how often the map of interfaces has changed.
+    pub const GENERATION: &str = "GENERATION";
     /// LPM trie of IPv4 prefixes in scope (key: 4 bytes, network order).
     pub const SCOPE_V4: &str = "SCOPE_V4";
     /// LPM trie of IPv6 prefixes in scope.

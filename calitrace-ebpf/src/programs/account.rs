@@ -13,7 +13,7 @@ use calitrace_ebpf::{
 };
 
 use super::{
-    maps::{COUNTERS, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, copy, known},
+    maps::{self, COUNTERS, Device, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, copy, known},
     view::{field, is_kernel_address},
 };
 
@@ -35,13 +35,24 @@ pub(super) enum Outcome {
 )]
 pub(super) fn in_scope(plain: &Plain) -> bool {
     if plain.flags & Flags::V6 != 0 {
-        SCOPE_V6.get(Key::new(128, plain.src)).is_some() || SCOPE_V6.get(Key::new(128, plain.dst)).is_some()
+        in_scope_v6(plain.src, plain.dst)
     } else {
         let [.., a, b, c, d] = plain.src;
         let [.., e, f, g, h] = plain.dst;
-        SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some()
-            || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
+        in_scope_v4([a, b, c, d], [e, f, g, h])
     }
+}
+
+/// As [`in_scope`].
+#[inline(always)]
+pub(super) fn in_scope_v4(src: [u8; 4], dst: [u8; 4]) -> bool {
+    SCOPE_V4.get(Key::new(32, src)).is_some() || SCOPE_V4.get(Key::new(32, dst)).is_some()
+}
+
+/// As [`in_scope`].
+#[inline(always)]
+pub(super) fn in_scope_v6(src: [u8; 16], dst: [u8; 16]) -> bool {
+    SCOPE_V6.get(Key::new(128, src)).is_some() || SCOPE_V6.get(Key::new(128, dst)).is_some()
 }
 
 /// Whether one of the addresses of the packet inside a quoted IPIP packet is a pod's, a block's or a service's.
@@ -50,15 +61,26 @@ pub(super) fn in_scope(plain: &Plain) -> bool {
 pub(super) fn quote_in_scope(full: &Full) -> bool {
     let [.., a, b, c, d] = full.outer.src;
     let [.., e, f, g, h] = full.tail.quoted_dst;
-    SCOPE_V4.get(Key::new(32, [a, b, c, d])).is_some() || SCOPE_V4.get(Key::new(32, [e, f, g, h])).is_some()
+    in_scope_v4([a, b, c, d], [e, f, g, h])
 }
 
 /// Counts one run of a hook's program in the slot of its interface.
 #[inline(always)]
 pub(super) fn count(hook: u32, netns: u64, ifindex: u32, outcome: Outcome) {
+    count_at(slot(netns, ifindex, hook), outcome);
+}
+
+/// The slot of an interface at a hook; the hook's own where it has none.
+#[inline(always)]
+fn slot(netns: u64, ifindex: u32, hook: u32) -> u32 {
     let key = InterfaceKey { netns, ifindex, hook };
     // SAFETY: a slot number, replaced as a whole; a stale one counts in a slot that is still read.
-    let slot = unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook);
+    unsafe { INTERFACES.get(key) }.copied().unwrap_or(hook)
+}
+
+/// Counts one run of a program in a slot.
+#[inline(always)]
+pub(super) fn count_at(slot: u32, outcome: Outcome) {
     let Some(counters) = COUNTERS.get_ptr_mut(slot) else {
         return;
     };
@@ -118,17 +140,46 @@ pub(super) fn network(net: u64) -> Option<u64> {
     Some(u64::from(inode))
 }
 
-/// The namespace of a TC program's packet.
+/// The namespace of the device that a TC program runs on, and its slot.
+///
+/// They are remembered by the address of the device, of which alone the packet tells: to follow its pointers and to look
+/// it up costs more than most of the rest. What is remembered of a device holds until the map of interfaces is written,
+/// and that is always done before programs are attached to a new one at the same address.
 #[inline(always)]
-pub(super) fn namespace(skb: u64) -> u64 {
+pub(super) fn interface(skb: u64, ifindex: u32, hook: u32) -> (u64, u32) {
     let told = NETNS.load();
     if told != 0 {
-        return told;
+        return (told, slot(told, ifindex, hook));
     }
-    let Some(dev) = known!(skb_dev).and_then(|offset| field(skb, offset)) else {
-        return 0;
+    // Before the look-up, lest a change in between be missed.
+    let generation = maps::generation();
+    let dev: u64 = known!(skb_dev).and_then(|offset| field(skb, offset)).unwrap_or(0);
+    let Some(known) = maps::device(dev, hook) else {
+        return (0, hook);
     };
-    device(dev).0
+    // SAFETY: a value of this CPU's, used by one run at a time.
+    unsafe {
+        if (*known).dev == dev
+            && (*known).ifindex == ifindex
+            && (*known).hook == hook
+            && (*known).generation == generation
+        {
+            return ((*known).netns, (*known).slot);
+        }
+        // Settled: else the compiler keeps a copy of it that is not there when the device cannot be read, and verifiers
+        // before 6.3 or so mind even a look at that.
+        let netns = core::hint::black_box(device(dev).0);
+        let slot = slot(netns, ifindex, hook);
+        known.write(Device {
+            dev,
+            netns,
+            ifindex,
+            hook,
+            slot,
+            generation,
+        });
+        (netns, slot)
+    }
 }
 
 /// Puts the record into the ring, in the shortest layout that holds it.
@@ -136,9 +187,12 @@ pub(super) fn namespace(skb: u64) -> u64 {
 pub(super) fn record(full: &mut Full, hook: u32, skb: u64) -> Outcome {
     full.plain.hook = hook as u8;
     full.plain.skb = skb;
-    full.plain.head = known!(skb_head)
-        .and_then(|offset| field(skb, offset))
-        .unwrap_or(0);
+    // Where the way to the packet's bytes has not led past it.
+    if full.plain.head == 0 {
+        full.plain.head = known!(skb_head)
+            .and_then(|offset| field(skb, offset))
+            .unwrap_or(0);
+    }
     // SAFETY: helpers without arguments.
     unsafe {
         full.plain.cpu = bpf_get_smp_processor_id() as u16;

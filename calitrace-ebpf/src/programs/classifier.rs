@@ -10,8 +10,9 @@ use calitrace_ebpf::{Flags, Hook, Place};
 
 use super::{
     account::{self, Outcome},
-    maps::{self, Draft, settled},
-    parse, transport,
+    maps::{self, Draft, Scope, settled},
+    parse::{self, Glance},
+    transport,
     view::SkbView,
 };
 
@@ -27,50 +28,77 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
         return TC_ACT_UNSPEC;
     };
     let skb = ctx.skb.skb;
-    // The loader is privileged, so the verifier lets the context be used as a number: it is the `sk_buff`'s address.
-    let address = ctx.as_ptr() as u64;
     // SAFETY: fields of the program's context.
-    let (protocol, ifindex, gso_size, gso_segs) =
-        unsafe { ((*skb).protocol, (*skb).ifindex, (*skb).gso_size, (*skb).gso_segs) };
-    let netns = account::namespace(address);
-    let Some(draft) = maps::draft() else {
-        return TC_ACT_UNSPEC;
-    };
-    let parsed = parsed(skb, protocol as u16, draft);
-    let draft = settled(draft);
-    let in_scope = parsed
-        && (matches!(hook.place(), Place::Workload)
-            || account::in_scope(&draft.record.plain)
-            || (matches!(hook, Hook::UplinkIngress) && is_about_tunnel(skb, draft)));
-    let full = &mut settled(draft).record;
-    let outcome = if !parsed {
-        if protocol as u16 == parse::ETH_P_IP || protocol as u16 == parse::ETH_P_IPV6 {
-            debug!(ctx, "interface {} of namespace {}: not parsed", ifindex, netns);
-        }
+    let (protocol, ifindex) = unsafe { ((*skb).protocol as u16, (*skb).ifindex) };
+    // The loader is privileged, so the verifier lets the context be used as a number: it is the `sk_buff`'s address.
+    let (netns, slot) = account::interface(ctx.as_ptr() as u64, ifindex, u32::from(HOOK));
+    let outcome = if protocol != parse::ETH_P_IP && protocol != parse::ETH_P_IPV6 {
         Outcome::NonIp
-    } else if !in_scope {
-        Outcome::OutOfScope
     } else {
-        full.plain.netns = netns;
-        full.plain.ifindex = ifindex;
-        full.plain.gso_size = gso_size as u16;
-        full.plain.gso_segs = gso_segs as u16;
-        account::record(full, u32::from(HOOK), address)
+        // What a pod sends or gets is always recorded.
+        let glance = if matches!(hook.place(), Place::Workload) {
+            Glance::Unclear
+        } else {
+            parse::glance(skb, protocol == parse::ETH_P_IPV6)
+        };
+        if glance == Glance::OutOfScope {
+            Outcome::OutOfScope
+        } else {
+            let scope = match glance {
+                Glance::InScope => Scope::Inside,
+                Glance::Carrier => Scope::Outside,
+                _ => Scope::Unknown,
+            };
+            look_into::<HOOK>(ctx, protocol, netns, scope)
+        }
     };
-    account::count(u32::from(HOOK), netns, ifindex, outcome);
+    account::count_at(slot, outcome);
+    TC_ACT_UNSPEC
+}
+
+/// Parses the packet, and records it if it is in scope.
+#[inline(always)]
+fn look_into<const HOOK: u8>(ctx: &TcContext, protocol: u16, netns: u64, scope: Scope) -> Outcome {
+    let skb = ctx.skb.skb;
+    // SAFETY: fields of the program's context.
+    let (ifindex, gso_size, gso_segs) = unsafe { ((*skb).ifindex, (*skb).gso_size, (*skb).gso_segs) };
+    let Some(draft) = maps::draft() else {
+        return Outcome::NonIp;
+    };
+    // There the verifier forgets it, and walks the rest once.
+    draft.scope = scope as u32;
+    if !parsed(skb, protocol, settled(draft)) {
+        debug!(ctx, "interface {} of namespace {}: not parsed", ifindex, netns);
+        return Outcome::NonIp;
+    }
+    let draft = settled(draft);
+    let in_scope = HOOK == Hook::WorkloadIngress as u8
+        || HOOK == Hook::WorkloadEgress as u8
+        || draft.scope == Scope::Inside as u32
+        || account::in_scope(&draft.record.plain)
+        || (HOOK == Hook::UplinkIngress as u8 && is_about_tunnel(skb, draft));
+    if !in_scope {
+        return Outcome::OutOfScope;
+    }
+    let full = &mut settled(draft).record;
+    full.plain.netns = netns;
+    full.plain.ifindex = ifindex;
+    full.plain.gso_size = gso_size as u16;
+    full.plain.gso_segs = gso_segs as u16;
+    let outcome = account::record(full, u32::from(HOOK), ctx.as_ptr() as u64);
     if outcome == Outcome::Recorded {
         debug!(
             ctx,
             "hook {} interface {} protocol {} length {}", HOOK, ifindex, full.plain.proto, full.plain.length
         );
     }
-    TC_ACT_UNSPEC
+    outcome
 }
 
 #[inline(always)]
 fn parsed(skb: *mut __sk_buff, protocol: u16, draft: &mut Draft) -> bool {
-    match SkbView::new(skb) {
-        Some(view) => parse::packet(&view, protocol, draft),
+    match SkbView::new(skb, draft) {
+        Some(view) => parse::packet(&view, protocol, settled(draft)),
         None => false,
     }
 }
@@ -82,7 +110,7 @@ fn is_about_tunnel(skb: *mut __sk_buff, draft: &mut Draft) -> bool {
     if draft.record.plain.flags & Flags::ICMP_ERROR == 0 {
         return false;
     }
-    let Some(view) = SkbView::new(skb) else {
+    let Some(view) = SkbView::new(skb, draft) else {
         return false;
     };
     transport::quoted_inside(&view, draft).is_some() && account::quote_in_scope(&draft.record)

@@ -1,9 +1,11 @@
 //! Maps, and the globals that the loader sets. Their names are in `calitrace_ebpf::shared::names`.
 
+use core::mem::offset_of;
+
 use aya_ebpf::{
     Global,
     macros::map,
-    maps::{HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
 };
 use calitrace_ebpf::{
     Full,
@@ -18,6 +20,17 @@ pub(super) static COUNTERS: PerCpuArray<Counters> = PerCpuArray::with_max_entrie
 
 #[map]
 pub(super) static INTERFACES: HashMap<InterfaceKey, u32> = HashMap::with_max_entries(SLOTS, 0);
+
+/// How often [`INTERFACES`] has changed. What was looked up there before its last change does not hold any more.
+#[map]
+static GENERATION: Array<u32> = Array::with_max_entries(1, 0);
+
+/// What the TC programs know of devices, as a cache: see [`device`].
+#[map]
+static DEVICES: PerCpuArray<Device> = PerCpuArray::with_max_entries(DEVICES_KNOWN, 0);
+
+/// A power of two.
+const DEVICES_KNOWN: u32 = 1024;
 
 #[map]
 pub(super) static SCOPE_V4: LpmTrie<[u8; 4], u8> = LpmTrie::with_max_entries(SCOPE_PREFIXES, 0);
@@ -88,6 +101,38 @@ pub(super) struct Frame {
     pub(super) second: u64,
 }
 
+/// A device as a TC program sees it, and what was found out about it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(super) struct Device {
+    /// Address of the `struct net_device`.
+    pub(super) dev: u64,
+    /// Inode number of its namespace.
+    pub(super) netns: u64,
+    pub(super) ifindex: u32,
+    pub(super) hook: u32,
+    /// Where its packets are counted.
+    pub(super) slot: u32,
+    /// Of [`INTERFACES`], when it was looked up there.
+    pub(super) generation: u32,
+}
+
+/// Where in the cache of this CPU a device has its place. TC programs never interrupt each other on one CPU.
+#[inline(always)]
+pub(super) fn device(dev: u64, hook: u32) -> Option<*mut Device> {
+    // Devices are large: addresses differ above the lowest bits.
+    DEVICES.get_ptr_mut(((dev >> 10) as u32 ^ (dev >> 20) as u32 ^ hook << 5) & (DEVICES_KNOWN - 1))
+}
+
+/// How often the map of interfaces has changed.
+#[inline(always)]
+pub(super) fn generation() -> u32 {
+    // SAFETY: one word, written as a whole.
+    GENERATION
+        .get_ptr(0)
+        .map_or(0, |generation| unsafe { generation.read_volatile() })
+}
+
 /// What a kprobe hands to the body on this CPU.
 #[inline(always)]
 pub(super) fn call() -> Option<*mut Call> {
@@ -135,9 +180,25 @@ pub(super) struct Draft {
     pub(super) inner_kind: u32,
     /// 1 if it is IPv6.
     pub(super) inner_v6: u32,
+    /// Whether an address of the outermost header is in scope, where that was looked up: a number of [`Scope`].
+    pub(super) scope: u32,
+    pub(super) pad: u32,
+    /// The part of an `sk_buff` that tells where its bytes are. Not zeroed.
+    pub(super) window: [u64; 6],
 }
 
-const _: () = assert!(size_of::<Draft>() == size_of::<Full>() + 32 + 24);
+const _: () = assert!(size_of::<Draft>() == size_of::<Full>() + 32 + 32 + 48);
+
+/// What is known of an address of the outermost header.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scope {
+    /// It was not looked up.
+    Unknown = 0,
+    /// One is in scope.
+    Inside = 1,
+    /// None is.
+    Outside = 2,
+}
 
 /// Marks the end of a stage of parsing: what the compiler keeps in registers goes to memory, of which the verifier
 /// knows nothing. So all ways through the stage end in one state, and what follows is walked once, not once for each.
@@ -183,7 +244,7 @@ fn zeroed(index: u32) -> Option<&'static mut Draft> {
     // SAFETY: a map value of this CPU, valid while the program runs and used by one run at a time (see `DRAFTS`); made
     // of integers, so zeros are a value of it.
     unsafe {
-        for index in 0..size_of::<Draft>() / 8 {
+        for index in 0..offset_of!(Draft, window) / 8 {
             words.add(index).write_volatile(0);
         }
         Some(&mut *draft)

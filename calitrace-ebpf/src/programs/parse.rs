@@ -3,6 +3,7 @@
 //! At most one tunnel header is stepped over: that of the node's own tunnel, whose outer addresses are nodes'. Where an
 //! outer address is in scope, the sender is a pod with a tunnel of its own, which is its payload as anything else is.
 
+use aya_ebpf::bindings::__sk_buff;
 use calitrace_ebpf::{Flags, TunnelKind};
 use network_types::{
     eth::EthHdr,
@@ -14,9 +15,9 @@ use network_types::{
 
 use super::{
     account,
-    maps::{Draft, VXLAN_PORT, settled},
+    maps::{Draft, Scope, VXLAN_PORT, settled},
     transport,
-    view::View,
+    view::{self, View},
 };
 
 /// `skb->protocol` and `EthHdr::ether_type` as they lie in memory.
@@ -25,6 +26,7 @@ pub(super) const ETH_P_IPV6: u16 = 0x86dd_u16.to_be();
 const ETH_P_8021Q: u16 = 0x8100_u16.to_be();
 
 pub(super) const IPPROTO_IPIP: u8 = 4;
+pub(super) const IPPROTO_TCP: u8 = 6;
 pub(super) const IPPROTO_UDP: u8 = 17;
 const IPPROTO_IPV6: u8 = 41;
 
@@ -42,12 +44,72 @@ pub(super) fn packet<V: View>(view: &V, protocol: u16, draft: &mut Draft) -> boo
     let draft = settled(draft);
     if tunnel(view, draft).is_some() {
         let draft = settled(draft);
-        if !account::in_scope(&draft.record.plain) {
+        if draft.scope == Scope::Outside as u32
+            || draft.scope == Scope::Unknown as u32 && !account::in_scope(&draft.record.plain)
+        {
             step_inside(view, draft);
         }
     }
     transport::header(view, settled(draft));
     true
+}
+
+/// What the first bytes of a packet tell.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Glance {
+    /// One of its addresses is in scope.
+    InScope,
+    /// No address of it is in scope, and it carries nothing that could be.
+    OutOfScope,
+    /// No address of its own is in scope; what it carries is to be looked into.
+    Carrier,
+    /// To be looked into.
+    Unclear,
+}
+
+/// Looks at the IP header only. Most packets at an uplink are none of ours, and this is all they cost.
+#[inline(always)]
+pub(super) fn glance(skb: *mut __sk_buff, v6: bool) -> Glance {
+    let told = if v6 { glance_v6(skb) } else { glance_v4(skb) };
+    told.unwrap_or(Glance::Unclear)
+}
+
+#[inline(always)]
+fn glance_v4(skb: *mut __sk_buff) -> Option<Glance> {
+    let header: Ipv4Hdr = view::beginning(skb, 0)?;
+    // No options, and no length that says something else than usual.
+    if header.vihl != 0x45 || u16::from_be_bytes(header.tot_len) < 20 {
+        return None;
+    }
+    if account::in_scope_v4(header.src_addr, header.dst_addr) {
+        return Some(Glance::InScope);
+    }
+    Some(carries(skb, header.proto, 20))
+}
+
+#[inline(always)]
+fn glance_v6(skb: *mut __sk_buff) -> Option<Glance> {
+    let header: Ipv6Hdr = view::beginning(skb, 0)?;
+    if header.vcf[0] >> 4 != 6 || header.payload_len == [0; 2] {
+        return None;
+    }
+    if account::in_scope_v6(header.src_addr, header.dst_addr) {
+        return Some(Glance::InScope);
+    }
+    Some(carries(skb, header.next_hdr, 40))
+}
+
+/// Whether it can be a tunnel's packet, or an ICMP error about one, or has further headers.
+#[inline(always)]
+fn carries(skb: *mut __sk_buff, proto: u8, transport: u32) -> Glance {
+    match proto {
+        IPPROTO_TCP => Glance::OutOfScope,
+        IPPROTO_UDP => match view::beginning::<UdpHdr>(skb, transport) {
+            Some(udp) if u32::from(u16::from_be_bytes(udp.dst)) != VXLAN_PORT.load() => Glance::OutOfScope,
+            _ => Glance::Carrier,
+        },
+        _ => Glance::Carrier,
+    }
 }
 
 /// Makes the packet the outer one, and the one inside it the packet.
@@ -183,6 +245,17 @@ fn total_length<V: View>(view: &V, offset: u32, said: u32) -> Option<u32> {
     }
 }
 
+/// What VXLAN puts between the outer IP header and the inner one.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Wrapped {
+    udp: UdpHdr,
+    vxlan: VxlanHdr,
+    ethernet: EthHdr,
+}
+
+const _: () = assert!(size_of::<Wrapped>() == 8 + 8 + 14);
+
 /// Looks whether the packet carries another in a tunnel, and where.
 #[inline(always)]
 fn tunnel<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
@@ -194,18 +267,16 @@ fn tunnel<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
         IPPROTO_IPIP => inside(draft, TunnelKind::Ipip, draft.transport, false),
         IPPROTO_IPV6 => inside(draft, TunnelKind::Ipip, draft.transport, true),
         IPPROTO_UDP => {
-            let udp: UdpHdr = view.load(draft.transport)?;
+            let Wrapped { udp, vxlan, ethernet } = view.load(draft.transport)?;
             if u32::from(u16::from_be_bytes(udp.dst)) != VXLAN_PORT.load() {
                 return None;
             }
-            let vxlan: VxlanHdr = view.load(draft.transport + 8)?;
             // Bit 3, "I": the network identifier is valid (RFC 7348, 5).
             if vxlan.flags & 8 == 0 {
                 return None;
             }
             let [a, b, c] = vxlan.vni;
             draft.record.outer.vni = u32::from_be_bytes([0, a, b, c]);
-            let ethernet: EthHdr = view.load(draft.transport + 16)?;
             let mut inner = draft.transport + 30;
             let mut ether_type = ethernet.ether_type;
             if ether_type == ETH_P_8021Q {

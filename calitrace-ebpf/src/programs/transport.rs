@@ -11,12 +11,11 @@ use network_types::{
 
 use super::{
     maps::{Draft, settled},
-    parse::{IPPROTO_IPIP, IPPROTO_UDP, mapped},
+    parse::{IPPROTO_IPIP, IPPROTO_TCP, IPPROTO_UDP, mapped},
     view::View,
 };
 
 const IPPROTO_ICMP: u8 = 1;
-const IPPROTO_TCP: u8 = 6;
 const IPPROTO_ICMPV6: u8 = 58;
 const IPPROTO_SCTP: u8 = 132;
 

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, anyhow};
 use aya::{
     Ebpf, EbpfError, EbpfLoader,
-    maps::{HashMap, LpmTrie, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, RingBuf, lpm_trie::Key},
     programs::{RawTracePoint, SchedClassifier},
 };
 use aya_log::EbpfLogger;
@@ -31,6 +31,8 @@ pub(super) struct Instance {
     free_slots: Vec<u32>,
     next_slot: u32,
     slots: BTreeMap<(Netns, u32, Hook), u32>,
+    /// How often the map of interfaces has changed.
+    generation: u32,
     /// Counts of slots that were given back.
     folded: Totals,
     /// Shows the programs' own log; kept for as long as the programs run.
@@ -61,6 +63,7 @@ impl Instance {
             free_slots: Vec::new(),
             next_slot: FIRST_SLOT,
             slots: BTreeMap::new(),
+            generation: 0,
             folded: Totals::new(),
             _logs: logs,
         })
@@ -166,6 +169,7 @@ impl Instance {
         self.interfaces()?
             .insert(key, slot, 0)
             .context("write the map of interfaces")?;
+        self.renew()?;
         self.slots.insert((netns, ifindex, hook), slot);
         Ok(())
     }
@@ -184,6 +188,7 @@ impl Instance {
             Ok(()) | Err(MapError::KeyNotFound) => {}
             Err(error) => return Err(error).context("write the map of interfaces"),
         }
+        self.renew()?;
         let counted = self.read_slot(slot)?;
         add(self.folded.entry((netns, ifindex, hook)).or_default(), &counted);
         let cpus =
@@ -251,6 +256,15 @@ impl Instance {
         self.ebpf
             .map_mut(name)
             .ok_or_else(|| anyhow!("the object has no map {name}"))
+    }
+
+    /// Makes the programs look into the map of interfaces again.
+    fn renew(&mut self) -> Result<()> {
+        self.generation = self.generation.wrapping_add(1);
+        let generation = self.generation;
+        Array::<_, u32>::try_from(self.map_mut(names::GENERATION)?)
+            .and_then(|mut map| map.set(0, generation, 0))
+            .context("write the generation of the map of interfaces")
     }
 
     fn interfaces(&mut self) -> Result<HashMap<&mut MapData, InterfaceKey, u32>> {

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead as _, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -13,6 +14,11 @@ use calitrace::{
     event::Hook,
     kernel::{Attached, AttachmentCheck, Config, Count, Kernel},
 };
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+
 use calitrace_tests::{
     Namespace,
     stand_in::{self, Action, Side},
@@ -124,6 +130,41 @@ pub(crate) fn counts_survive_detaching_and_slots_are_used_again() {
         usize::try_from(sent).unwrap(),
         "each datagram sent while attached, and no other"
     );
+}
+
+/// Programs remember slots for each CPU: what they remember must not outlive the slot.
+pub(crate) fn a_slot_that_another_hook_got_is_forgotten() {
+    const LO: u32 = 1;
+    let net = Net::new();
+    let netns = &net.left.ns;
+    let mut kernel = Kernel::load(&Config::default()).unwrap();
+    let attach = |kernel: &mut Kernel, hook| {
+        assert_eq!(kernel.attach_tc(netns, "lo", LO, hook).unwrap(), Attached::Yes);
+    };
+    let arp = [&[2; 12], &[0x08, 0x06][..], &[0; 28]].concat();
+    let non_ip = |kernel: &Kernel, hook| {
+        let counts = kernel.counters().unwrap();
+        let count = counts
+            .iter()
+            .find(|count| (count.netns, count.ifindex, count.hook) == (netns.inode(), LO, hook));
+        count.map(|count| count.counters.non_ip)
+    };
+    // On one CPU, and its threads with it.
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut first = CpuSet::new();
+            first.set(0).unwrap();
+            sched_setaffinity(Pid::from_raw(0), &first).unwrap();
+            attach(&mut kernel, Hook::UplinkEgress);
+            kernel.trial(netns, Some(Hook::UplinkEgress), &arp, 10).unwrap();
+            kernel.detach_tc(netns.inode(), LO, Hook::UplinkEgress).unwrap();
+            attach(&mut kernel, Hook::TunnelEgress);
+            attach(&mut kernel, Hook::UplinkEgress);
+            kernel.trial(netns, Some(Hook::UplinkEgress), &arp, 10).unwrap();
+        });
+    });
+    assert_eq!(non_ip(&kernel, Hook::UplinkEgress), Some(20));
+    assert_eq!(non_ip(&kernel, Hook::TunnelEgress), Some(0));
 }
 
 pub(crate) fn traffic_out_of_scope_is_counted_only() {
@@ -386,6 +427,6 @@ pub(crate) fn nothing_is_left_after_a_kill() {
     let deadline = Instant::now() + patience();
     while loaded(id) {
         assert!(Instant::now() < deadline, "program {id} is still loaded");
-        std::thread::sleep(Duration::from_millis(10));
+        thread::sleep(Duration::from_millis(10));
     }
 }

@@ -27,6 +27,7 @@ macro_rules! test {
 const TESTS: &[Test] = &[
     test!(attaching::nothing_is_left_after_detaching),
     test!(attaching::counts_survive_detaching_and_slots_are_used_again),
+    test!(attaching::a_slot_that_another_hook_got_is_forgotten),
     test!(attaching::traffic_out_of_scope_is_counted_only),
     test!(attaching::a_full_ring_refuses_and_counts),
     test!(attaching::an_interface_that_is_gone_is_no_error),
