@@ -73,11 +73,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let built = test::build()?;
     let mut runs = Vec::new();
     for (layer, program) in test::plan(&built)? {
-        let chosen = options.layers.is_empty() || options.layers.contains(&layer);
-        if chosen && LAYERS.contains(&layer) {
-            let filters = options.filters.clone();
-            runs.push(Run { program, filters });
+        let asked = options.layers.is_empty() || options.layers.contains(&layer);
+        if !asked || !LAYERS.contains(&layer) {
+            continue;
         }
+        if options.filters.is_empty() {
+            runs.push(Run::all(program));
+        } else {
+            runs.extend(Run::some(program, &options.filters)?);
+        }
+    }
+    if runs.is_empty() {
+        bail!("no test is named like {}", options.filters.join(", "));
     }
     let kernels = match (&options.image, &options.modules) {
         (Some(image), Some(modules)) => vec![kernels::given(image, modules)?],

@@ -18,10 +18,45 @@ use crate::workspace;
 /// Files that tests read below the workspace's top folder.
 const DATA: [&str; 1] = ["calitrace/schema"];
 
-/// A test program and the beginnings of names to run; all of them if there are none.
+/// A test program and the tests of it to run.
 pub(super) struct Run<'a> {
-    pub(super) program: &'a Executable,
-    pub(super) filters: Vec<String>,
+    program: &'a Executable,
+    tests: Tests,
+}
+
+enum Tests {
+    All,
+    /// These, by their whole names.
+    Some(Vec<String>),
+}
+
+impl<'a> Run<'a> {
+    /// All tests of a program.
+    pub(super) fn all(program: &'a Executable) -> Self {
+        let tests = Tests::All;
+        Self { program, tests }
+    }
+
+    /// The tests whose names contain one of `filters`, each once and in the program's order, as its last one may leave the
+    /// guest unfit for others. `None` if there are none.
+    pub(super) fn some(program: &'a Executable, filters: &[impl AsRef<str>]) -> Result<Option<Self>> {
+        let listed = output_of(Command::new(&program.file).arg("--list"))?;
+        let mut tests = names(&listed);
+        tests.retain(|name| filters.iter().any(|filter| name.contains(filter.as_ref())));
+        let tests = tests.into_iter().map(str::to_owned).collect::<Vec<_>>();
+        Ok((!tests.is_empty()).then_some(Self {
+            program,
+            tests: Tests::Some(tests),
+        }))
+    }
+}
+
+/// The names in a test program's list: lines `NAME: test`, with a remark in brackets before those that cannot run here.
+fn names(listed: &str) -> Vec<&str> {
+    let tests = listed.lines().filter_map(|line| line.strip_suffix(": test"));
+    tests
+        .map(|name| name.rsplit_once("] ").map_or(name, |(_, name)| name))
+        .collect()
 }
 
 /// Puts the programs, `product` (the calitrace binary) and the data files into the tree.
@@ -64,17 +99,19 @@ pub(super) fn environment(variables: &[(&str, &OsStr)]) -> String {
     text
 }
 
-/// Lines of shell that call `run` of `init.sh`: once for each filter, since a test program takes one.
+/// Lines of shell that call `run` of `init.sh`: once for each program, or for each of the tests that were asked for.
 pub(super) fn script(runs: &[Run<'_>]) -> String {
     let mut text = String::new();
-    for Run { program, filters } in runs {
+    for Run { program, tests } in runs {
         let words = [&program.package_folder, &program.file].map(|path| quoted(&path.to_string_lossy()));
         let call = format!("run {} --color never", words.join(" "));
-        if filters.is_empty() {
-            text.extend([call.as_str(), "\n"]);
-        }
-        for filter in filters {
-            text.extend([call.as_str(), " ", quoted(filter).as_str(), "\n"]);
+        match tests {
+            Tests::All => text.extend([call.as_str(), "\n"]),
+            Tests::Some(tests) => {
+                for test in tests {
+                    text.extend([call.as_str(), " --exact ", quoted(test).as_str(), "\n"]);
+                }
+            }
         }
     }
     text
@@ -90,7 +127,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_is_run_once_for_each_filter() {
+    fn names_are_what_is_left_of_a_list() {
+        let listed = "one: test\n[skipped: no Ipip in this kernel] two::three: test\n4 tests, 0 benchmarks\n";
+        assert_eq!(names(listed), ["one", "two::three"]);
+    }
+
+    #[test]
+    fn a_program_is_run_once_or_for_each_test() {
         let program = Executable {
             target: "lab".to_owned(),
             kind: "test".to_owned(),
@@ -98,14 +141,14 @@ mod tests {
             is_test: true,
             file: "/x/lab".into(),
         };
-        let run = |filters: &[&str]| Run {
+        let some = Run {
             program: &program,
-            filters: filters.iter().map(|&filter| filter.to_owned()).collect(),
+            tests: Tests::Some(vec!["paths::ipip".to_owned(), "$x".to_owned()]),
         };
-        let text = script(&[run(&[]), run(&["paths::", "$x"])]);
+        let text = script(&[Run::all(&program), some]);
         let expected = r"run '/x/it'\''s' '/x/lab' --color never
-run '/x/it'\''s' '/x/lab' --color never 'paths::'
-run '/x/it'\''s' '/x/lab' --color never '$x'
+run '/x/it'\''s' '/x/lab' --color never --exact 'paths::ipip'
+run '/x/it'\''s' '/x/lab' --color never --exact '$x'
 ";
         assert_eq!(text, expected);
     }
