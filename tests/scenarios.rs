@@ -121,6 +121,7 @@ fn out_of_order(mut items: Vec<Item>) -> Vec<Item> {
 fn correlate(items: &[Item]) -> String {
     let mut correlator = Correlator::new(Config {
         drain_period: DRAIN_PERIOD,
+        ..Config::default()
     });
     let mut traces = Vec::new();
     for item in items {

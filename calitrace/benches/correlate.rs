@@ -272,7 +272,10 @@ impl DropNames for NoDrops {
 }
 
 fn correlator(facts: &[Item], drain_period: u64) -> Correlator {
-    let mut correlator = Correlator::new(Config { drain_period });
+    let mut correlator = Correlator::new(Config {
+        drain_period,
+        ..Config::default()
+    });
     for fact in facts {
         correlator.push(fact, &mut Vec::new());
     }

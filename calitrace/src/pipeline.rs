@@ -54,11 +54,14 @@ impl Pipeline {
             Item::Header(header) => {
                 self.correlator = Some(Correlator::new(Config {
                     drain_period: header.drain_period,
+                    ..Config::default()
                 }));
             }
             Item::Ledger(ledger) => {
+                let mut ledger = ledger.clone();
+                ledger.evicted = self.correlator.as_ref().map_or(0, Correlator::evicted);
                 for sink in &mut self.sinks {
-                    sink.ledger(ledger)?;
+                    sink.ledger(&ledger)?;
                 }
             }
             _ => {}

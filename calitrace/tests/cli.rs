@@ -81,6 +81,7 @@ impl Logs {
                 time,
                 exact: false,
                 rows,
+                evicted: 0,
             }))
             .unwrap();
         }

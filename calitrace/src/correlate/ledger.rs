@@ -98,6 +98,7 @@ mod tests {
                 ring_refused: refused,
                 ..LedgerRow::default()
             }],
+            evicted: 0,
         }
     }
 

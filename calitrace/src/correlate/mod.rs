@@ -47,13 +47,23 @@ use crate::event::{Flow, Hook, Item, Observation, Transport};
 pub struct Config {
     /// Nanoseconds by which observations may be out of order; the correlator's time lags the newest by this much.
     pub drain_period: u64,
+    /// Packet traces that may be open at once. Beyond it the oldest is closed as unknown, and counted.
+    pub max_open: usize,
+}
+
+impl Default for Config {
+    /// In order of time, and with room for what 100,000 packets a second leave open in two seconds.
+    fn default() -> Self {
+        Self {
+            drain_period: 0,
+            max_open: 200_000,
+        }
+    }
 }
 
 /// traceroute's default highest TTL is 30, ordinary systems send with 64 and more: what is first seen with less may be a
 /// probe.
 pub(crate) const LOWEST_ORDINARY_TTL: u8 = 32;
-/// Packet traces that may be open at once. Beyond it the oldest is closed as unknown.
-const MAX_OPEN: usize = 200_000;
 
 /// Joins observations into packet traces.
 #[derive(Debug)]
@@ -213,7 +223,7 @@ impl Correlator {
     }
 
     fn make_room(&mut self, closed: &mut Vec<PacketTrace>) {
-        while self.open.len() >= MAX_OPEN {
+        while self.open.len() >= self.config.max_open {
             let Some(id) = self.timers.oldest() else { return };
             if let Some(trace) = self.open.find(id) {
                 let now = trace.last().time;
@@ -469,14 +479,17 @@ mod tests {
 
     #[test]
     fn too_many_open_traces_close_the_oldest_as_unknown_and_count_it() {
-        let mut correlator = Correlator::new(Config { drain_period: 0 });
+        let max_open = 100;
+        let mut correlator = Correlator::new(Config {
+            max_open,
+            ..Config::default()
+        });
         let mut closed = Vec::new();
-        let packets = u32::try_from(MAX_OPEN).unwrap() + 3;
-        for number in 0..packets {
+        for number in 0..103 {
             correlator.push(&sent(number), &mut closed);
         }
         assert_eq!(correlator.evicted(), 3);
-        assert_eq!(correlator.open.len(), MAX_OPEN);
+        assert_eq!(correlator.open.len(), max_open);
         let oldest: Vec<_> = closed
             .iter()
             .map(|trace| (trace.packet.ip_id, trace.verdict))

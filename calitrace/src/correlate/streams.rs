@@ -148,7 +148,7 @@ proptest! {
         pass(&mut units, 1, POD, Hook::WorkloadEgress, 2, &mut seen);
         seen.sort_by_key(|(observation, _)| (observation.time, observation.hook));
 
-        let mut correlator = Correlator::new(Config { drain_period: DRAIN });
+        let mut correlator = Correlator::new(Config { drain_period: DRAIN, ..Config::default() });
         let mut traces = Vec::new();
         for fact in facts(Some(EncapKind::Vxlan)) {
             correlator.push(&Item::Fact(fact), &mut traces);

@@ -92,6 +92,10 @@ pub struct Ledger {
     pub exact: bool,
     /// One row for each hook and node.
     pub rows: Vec<LedgerRow>,
+    /// Packet traces so far that were closed before their time, because too many were open. In an event log 0: who reads it
+    /// counts anew.
+    #[serde(default)]
+    pub evicted: u64,
 }
 
 /// The counts of one hook on one node.

@@ -116,6 +116,7 @@ mod tests {
             time: 1,
             exact: true,
             rows: vec![LedgerRow::default()],
+            evicted: 0,
         })
         .unwrap();
         sink.finish().unwrap();

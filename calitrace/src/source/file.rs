@@ -120,6 +120,7 @@ impl Files {
                 .filter_map(|file| file.ledger.as_ref())
                 .flat_map(|ledger| ledger.rows.clone())
                 .collect(),
+            evicted: 0,
         })
     }
 
@@ -341,6 +342,7 @@ mod tests {
                 time,
                 exact,
                 rows: vec![LedgerRow::default()],
+                evicted: 0,
             })
         };
         let one = [

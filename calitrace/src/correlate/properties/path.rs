@@ -13,7 +13,7 @@ use crate::event::{Detail, Drop, Encap, EncapKind, Hook, Observation};
 
 pub(in crate::correlate) const BEGIN: u64 = 1_000_000_000;
 /// Nanoseconds from hook to hook.
-const PACE: u64 = 3000;
+pub(super) const PACE: u64 = 3000;
 
 /// A hook on a way.
 #[derive(Clone, Copy, Debug)]

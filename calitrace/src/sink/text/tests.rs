@@ -230,6 +230,7 @@ fn losses_are_told_when_they_grow() {
             time: 0,
             exact: false,
             rows: vec![row(refused)],
+            evicted: 0,
         })
         .unwrap();
     }

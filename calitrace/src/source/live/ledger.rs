@@ -108,6 +108,7 @@ impl Books {
             time,
             exact,
             rows: rows.into_iter().map(|(_, row)| row).collect(),
+            evicted: 0,
         }
     }
 
