@@ -86,6 +86,7 @@ pub(super) fn of_tunnelled(open: &OpenTraces, place: Place, packet: &Packet) -> 
         let is_end = |seen: &Seen| {
             let carried = seen
                 .encap
+                .as_ref()
                 .is_some_and(|encap| (encap.src, encap.dst) == (outer.src, outer.dst));
             seen.node == place.node && seen.hook == Hook::UplinkEgress && carried
         };

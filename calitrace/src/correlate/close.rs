@@ -141,7 +141,7 @@ fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topolog
         elapsed_ns: seen.time.saturating_sub(start),
         ttl: seen.ttl,
         length: seen.length,
-        encap: seen.encap.map(|encap| SightedEncap {
+        encap: seen.encap.as_ref().map(|encap| SightedEncap {
             kind: encap.kind,
             src: encap.src,
             dst: encap.dst,

@@ -140,7 +140,7 @@ impl<'a> Way<'a> {
         if source == gateway || topology.shown(first.node, remote) == Some(source) {
             return None;
         }
-        let remote = first.encap.map_or(remote, |encap| encap.src);
+        let remote = first.encap.as_ref().map_or(remote, |encap| encap.src);
         let Some(node) = topology.node_of(cluster, remote) else {
             return Some((None, remote.to_string()));
         };

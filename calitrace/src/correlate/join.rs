@@ -56,7 +56,7 @@ impl<'a> Sight<'a> {
             in_pod: self.place.in_pod,
             flow: 0,
             joined: None,
-            encap: observation.encap,
+            encap: observation.encap.map(Box::new),
         }
     }
 }

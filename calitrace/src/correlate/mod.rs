@@ -357,7 +357,7 @@ impl Correlator {
                 Reached::Pod
             }
             Hook::UplinkEgress
-                if topology.next(node, last.encap.as_ref(), destination) == Next::Unobserved =>
+                if topology.next(node, last.encap.as_deref(), destination) == Next::Unobserved =>
             {
                 Reached::Outside
             }

@@ -41,7 +41,8 @@ pub(super) struct Seen {
     pub(super) flow: u8,
     /// Why it is of this packet; none for the first.
     pub(super) joined: Option<Joint>,
-    pub(super) encap: Option<Encap>,
+    /// Most sightings have none, and traces are kept by the hundred thousand.
+    pub(super) encap: Option<Box<Encap>>,
 }
 
 impl Seen {
@@ -177,7 +178,8 @@ const REFERENCES: usize = 32;
 #[derive(Debug, Default)]
 struct Slot {
     generation: u32,
-    open: Option<Open>,
+    /// In a place of its own: the table of slots grows by doubling.
+    open: Option<Box<Open>>,
 }
 
 /// The open traces.
@@ -210,14 +212,14 @@ impl OpenTraces {
     pub(super) fn get(&self, index: u32) -> &Open {
         self.slots[index as usize]
             .open
-            .as_ref()
+            .as_deref()
             .expect("indexes name open traces only")
     }
 
     pub(super) fn get_mut(&mut self, index: u32) -> &mut Open {
         self.slots[index as usize]
             .open
-            .as_mut()
+            .as_deref_mut()
             .expect("indexes name open traces only")
     }
 
@@ -231,7 +233,9 @@ impl OpenTraces {
     /// The trace, if it is still open.
     pub(super) fn find(&mut self, id: Id) -> Option<&mut Open> {
         let slot = self.slots.get_mut(id.index as usize)?;
-        slot.open.as_mut().filter(|_| slot.generation == id.generation)
+        slot.open
+            .as_deref_mut()
+            .filter(|_| slot.generation == id.generation)
     }
 
     /// Opens a trace.
@@ -241,7 +245,7 @@ impl OpenTraces {
             self.slots.push(Slot::default());
             u32::try_from(self.slots.len() - 1).expect("far fewer traces are open than 2^32")
         });
-        self.slots[index as usize].open = Some(open);
+        self.slots[index as usize].open = Some(Box::new(open));
         self.refer(index, cluster, &flow, part);
         self.publish(index, &flow);
         index
@@ -335,7 +339,7 @@ impl OpenTraces {
     }
 
     /// Takes a trace out.
-    pub(super) fn remove(&mut self, index: u32) -> Open {
+    pub(super) fn remove(&mut self, index: u32) -> Box<Open> {
         self.conceal(index);
         let slot = &mut self.slots[index as usize];
         let open = slot.open.take().expect("indexes name open traces only");

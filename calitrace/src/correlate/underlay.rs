@@ -59,11 +59,14 @@ pub(super) fn end(trace: &Open, topology: &Topology) -> Option<End> {
         });
     }
     let last = trace.last();
-    let encap = last.encap.filter(|encap| encap.kind == EncapKind::Ipip)?;
+    let encap = last
+        .encap
+        .as_deref()
+        .filter(|encap| encap.kind == EncapKind::Ipip)?;
     if trace.drop.is_some() || trace.reached != Reached::Nothing || last.hook != Hook::UplinkEgress {
         return None;
     }
-    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current().dst) else {
+    let Next::Node(next) = topology.next(last.node, Some(encap), trace.current().dst) else {
         return None;
     };
     let routers = topology.routers_between(last.node, next)?;
@@ -84,10 +87,14 @@ pub(super) fn end(trace: &Open, topology: &Topology) -> Option<End> {
 /// Whether the packet may have ended for want of TTL, and nothing tells: how many routers there are is not known.
 pub(super) fn may_have_expired(trace: &Open, topology: &Topology) -> bool {
     let last = trace.last();
-    let Some(encap) = last.encap.filter(|encap| encap.kind == EncapKind::Ipip) else {
+    let Some(encap) = last
+        .encap
+        .as_deref()
+        .filter(|encap| encap.kind == EncapKind::Ipip)
+    else {
         return false;
     };
-    let Next::Node(next) = topology.next(last.node, Some(&encap), trace.current().dst) else {
+    let Next::Node(next) = topology.next(last.node, Some(encap), trace.current().dst) else {
         return false;
     };
     encap.ttl < LOWEST_ORDINARY_TTL && topology.routers_between(last.node, next).is_none()
@@ -99,7 +106,7 @@ pub(super) fn learn(trace: &Open, topology: &mut Topology) {
         let (left, came) = (&pair[0], &pair[1]);
         let ends =
             (left.hook, came.hook) == (Hook::UplinkEgress, Hook::UplinkIngress) && left.node != came.node;
-        if let (Some(one), Some(other)) = (left.encap, came.encap)
+        if let (Some(one), Some(other)) = (&left.encap, &came.encap)
             && ends
             && one.kind == EncapKind::Ipip
             && (one.src, one.dst) == (other.src, other.dst)

@@ -57,7 +57,7 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
     if underlay::may_have_expired(trace, topology) {
         return false;
     }
-    match topology.next(last.node, last.encap.as_ref(), trace.current().dst) {
+    match topology.next(last.node, last.encap.as_deref(), trace.current().dst) {
         Next::Node(next) => {
             topology.ledgers.observed_since(next, arrives, trace.first().time)
                 && topology.ledgers.reaches(last.time)
