@@ -37,7 +37,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         certainty: certainty(open, topology, now),
         retransmit: open.retransmit,
         drop: drop_report(open, topology),
-        answer: open.answered.map(|answered| Answer {
+        answer: open.answered.as_ref().map(|answered| Answer {
             kind: answered.kind,
             address: answered.address,
             rtt_ns: answered.rtt,
@@ -97,6 +97,7 @@ fn learn(open: &Open, topology: &mut Topology) {
     let last = open.last();
     let Some(answered) = open
         .answered
+        .as_ref()
         .filter(|answered| answered.kind == AnswerKind::TimeExceeded)
     else {
         return;

@@ -387,7 +387,7 @@ impl<'a> Way<'a> {
 
     /// The hop that answered.
     fn answer(&mut self) {
-        let Some(answered) = self.trace.answered else {
+        let Some(answered) = &self.trace.answered else {
             return;
         };
         let by_receiver =

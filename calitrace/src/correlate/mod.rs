@@ -27,6 +27,8 @@ mod underlay;
 mod verdict;
 mod waypoint;
 
+use thin_vec::ThinVec;
+
 use again::Again;
 pub use clocks::{Crossings, Offset};
 use join::Sight;
@@ -248,10 +250,10 @@ impl Correlator {
             packet: observation.packet.clone(),
             part: sight.part,
             flow: sight.flow,
-            translated: Vec::new(),
+            translated: ThinVec::new(),
             seen: Vec::with_capacity(6),
-            waypoints: Vec::new(),
-            translations: Vec::new(),
+            waypoints: ThinVec::new(),
+            translations: ThinVec::new(),
             reached: Reached::Nothing,
             covered: 0,
             drop: None,
@@ -276,12 +278,12 @@ impl Correlator {
         let (kind, address) = (found.kind, observation.packet.src);
         let trace = self.open.get_mut(found.index);
         let awaited = answer::is_awaited(trace);
-        trace.answered = Some(Answered {
+        trace.answered = Some(Box::new(Answered {
             kind,
             address,
             rtt: None,
             icmp: found.icmp,
-        });
+        }));
         let by_destination = matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck);
         if awaited || !by_destination {
             self.hold(found.index, Hold::Ended, observation.time);

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
+use thin_vec::ThinVec;
 
 use super::{
     AnswerKind, Endpoint, Joint, NatKind,
@@ -88,7 +89,7 @@ pub(super) struct Answered {
     pub(super) icmp: Option<(u8, u8)>,
 }
 
-/// An open trace.
+/// An open trace. What most traces have nothing of takes a pointer: there may be a hundred thousand of them.
 #[derive(Debug)]
 pub(super) struct Open {
     pub(super) cluster: u32,
@@ -98,17 +99,17 @@ pub(super) struct Open {
     /// The flow as the sender wrote it.
     pub(super) flow: Flow,
     /// The flows it was translated to. The pieces of a cut packet come to it one by one, so each sighting has its own.
-    pub(super) translated: Vec<Flow>,
+    pub(super) translated: ThinVec<Flow>,
     pub(super) seen: Vec<Seen>,
     /// What functions of the kernel showed of it.
-    pub(super) waypoints: Vec<Waypoint>,
-    pub(super) translations: Vec<Translation>,
+    pub(super) waypoints: ThinVec<Waypoint>,
+    pub(super) translations: ThinVec<Translation>,
     pub(super) reached: Reached,
     /// Bytes of TCP data that reached the destination.
     pub(super) covered: u32,
     /// The drop, and the sighting that was it.
     pub(super) drop: Option<Box<(Drop, usize)>>,
-    pub(super) answered: Option<Answered>,
+    pub(super) answered: Option<Box<Answered>>,
     /// What was said of its outer header, and not to its sender.
     pub(super) swallowed: Option<Box<Swallowed>>,
     /// The trace that this packet answers.

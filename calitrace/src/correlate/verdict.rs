@@ -11,7 +11,7 @@ use crate::event::{Drop, Hook};
 
 /// The verdict on a trace that closes at `now`; with `ended` because observing ended.
 pub(super) fn of(trace: &Open, topology: &Topology, now: u64, ended: bool) -> Verdict {
-    let answer = trace.answered.map(|answered| answered.kind);
+    let answer = trace.answered.as_ref().map(|answered| answered.kind);
     if answer == Some(AnswerKind::TimeExceeded) || is_expiry(trace) || waypoint::expired(trace) {
         return Verdict::Expired;
     }

@@ -167,7 +167,7 @@ fn icmp(plain: &Plain, outer: Option<&Outer>, tail: Option<&Tail>, v6: bool) -> 
             icmp_type,
             code,
             info: plain.tsval,
-            quoted: quoted(plain, outer, tail),
+            quoted: Box::new(quoted(plain, outer, tail)),
         };
     }
     match echo(v6, icmp_type) {

@@ -202,8 +202,8 @@ pub enum Transport {
         code: u8,
         /// The second word of the header: the next-hop MTU of "fragmentation needed" and "packet too big".
         info: u32,
-        /// The packet it answers.
-        quoted: Quoted,
+        /// The packet it answers. Few packets are errors, so it has a place of its own.
+        quoted: Box<Quoted>,
     },
     /// Other ICMP or ICMPv6.
     Icmp {

@@ -205,7 +205,7 @@ pub(crate) fn an_error_about_a_tunnelled_packet_tells_of_the_packet_inside() {
     else {
         panic!("no time exceeded: {seen:?}")
     };
-    assert_eq!(told, quoted);
+    assert_eq!(*told, quoted);
     watch.forget();
 
     // What quotes others' tunnels, or no more than RFC 792 asks for, is out of scope as any error to a node is.

@@ -358,6 +358,6 @@ fn icmp_error(v6: bool, content: u32) -> Transport {
         icmp_type,
         code,
         info: 0,
-        quoted,
+        quoted: Box::new(quoted),
     }
 }
