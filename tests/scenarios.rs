@@ -160,8 +160,8 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     writeln!(
         text,
         "  pods {} → {}",
-        name(trace.flow.src_pod.as_ref()),
-        name(trace.flow.dst_pod.as_ref())
+        name(trace.flow.src_pod.as_deref()),
+        name(trace.flow.dst_pod.as_deref())
     )?;
     if let Some(times) = trace.retransmit {
         writeln!(text, "  retransmit {times}")?;
@@ -176,11 +176,11 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             end(from.address, from.port.unwrap_or(0)),
             end(to.address, to.port.unwrap_or(0)),
         );
-        writeln!(text, "  {kind} on {}: {from} → {to}", name(step.node.as_ref()))?;
+        writeln!(text, "  {kind} on {}: {from} → {to}", name(step.node.as_deref()))?;
     }
     hops(trace, text)?;
     if let Some(drop) = &trace.drop {
-        let (reason, location) = (name(drop.reason.as_ref()), name(drop.location.as_ref()));
+        let (reason, location) = (name(drop.reason.as_deref()), name(drop.location.as_deref()));
         let netfilter = drop
             .netfilter
             .map(|hook| format!(" in netfilter {hook}"))
@@ -188,8 +188,8 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         writeln!(
             text,
             "  dropped {reason} at {location}{netfilter} on {} {}",
-            name(drop.node.as_ref()),
-            name(drop.interface.as_ref())
+            name(drop.node.as_deref()),
+            name(drop.interface.as_deref())
         )?;
     }
     if let Some(answer) = &trace.answer {
@@ -204,8 +204,8 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         writeln!(
             text,
             "  may be handed on at {}/{} by {}",
-            name(bypass.node.as_ref()),
-            name(bypass.interface.as_ref()),
+            name(bypass.node.as_deref()),
+            name(bypass.interface.as_deref()),
             bypass.programs.join(", ")
         )?;
     }
@@ -222,8 +222,8 @@ fn sightings(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         write!(
             text,
             " {}/{}:{}{encap}@{}",
-            name(seen.node.as_ref()),
-            name(seen.interface.as_ref()),
+            name(seen.node.as_deref()),
+            name(seen.interface.as_deref()),
             seen.hook,
             seen.ttl
         )?;
@@ -252,7 +252,11 @@ fn hops(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             " "
         };
         let address = address.map_or_else(|| "*".into(), |address| address.to_string());
-        write!(text, "  {ttl:>2}{inferred} {address} on {}", name(node.as_ref()))?;
+        write!(
+            text,
+            "  {ttl:>2}{inferred} {address} on {}",
+            name(node.as_deref())
+        )?;
         if let Some(pod) = pod {
             write!(text, " pod {pod}")?;
         }
@@ -270,8 +274,8 @@ fn hops(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
 }
 
 /// What is not known is `-`.
-fn name(name: Option<&String>) -> &str {
-    name.map_or("-", |name| name)
+fn name(name: Option<&str>) -> &str {
+    name.unwrap_or("-")
 }
 
 /// Both texts from the first line that differs.

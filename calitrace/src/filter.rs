@@ -51,7 +51,7 @@ impl Filter {
     pub fn matches(&self, trace: &PacketTrace) -> bool {
         let flow = &trace.flow.flow;
         let either_pod = |name: &PodName| {
-            is_pod(trace.flow.src_pod.as_ref(), name) || is_pod(trace.flow.dst_pod.as_ref(), name)
+            is_pod(trace.flow.src_pod.as_deref(), name) || is_pod(trace.flow.dst_pod.as_deref(), name)
         };
         (self.pods.is_empty() || self.pods.iter().any(either_pod))
             && self.from.as_ref().is_none_or(|end| sender(trace, end))
@@ -65,7 +65,7 @@ impl Filter {
 
 fn sender(trace: &PacketTrace, end: &End) -> bool {
     match end {
-        End::Pod(name) => is_pod(trace.flow.src_pod.as_ref(), name),
+        End::Pod(name) => is_pod(trace.flow.src_pod.as_deref(), name),
         End::Net(net) => {
             net.contains(&trace.flow.flow.src)
                 || translated(trace, NatKind::Snat).any(|end| net.contains(&end.address))
@@ -75,7 +75,7 @@ fn sender(trace: &PacketTrace, end: &End) -> bool {
 
 fn receiver(trace: &PacketTrace, end: &End) -> bool {
     match end {
-        End::Pod(name) => is_pod(trace.flow.dst_pod.as_ref(), name),
+        End::Pod(name) => is_pod(trace.flow.dst_pod.as_deref(), name),
         End::Net(net) => {
             net.contains(&trace.flow.flow.dst)
                 || translated(trace, NatKind::Dnat).any(|end| net.contains(&end.address))
@@ -114,8 +114,8 @@ fn translated(trace: &PacketTrace, kind: NatKind) -> impl Iterator<Item = Endpoi
         .flat_map(|step| [step.from, step.to])
 }
 
-fn is_pod(pod: Option<&String>, name: &PodName) -> bool {
-    pod == Some(&name.0)
+fn is_pod(pod: Option<&str>, name: &PodName) -> bool {
+    pod == Some(name.0.as_str())
 }
 
 impl FromStr for PodName {

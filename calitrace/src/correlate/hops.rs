@@ -8,7 +8,7 @@
 use std::net::IpAddr;
 
 use super::{
-    AnswerKind, Certainty, Hop, NatKind, Verdict, answer,
+    AnswerKind, Certainty, Hop, Name, NatKind, Verdict, answer,
     open::{Open, Reached, Seen, Translation},
     topology::Topology,
     underlay,
@@ -120,7 +120,7 @@ impl<'a> Way<'a> {
 
     /// The node that the packet was sent on by before it came to the first one observed: its address, if it is known
     /// what it shows to the sender, and its name.
-    fn router_before(&self, first: &Seen, source: IpAddr) -> Option<(Option<IpAddr>, String)> {
+    fn router_before(&self, first: &Seen, source: IpAddr) -> Option<(Option<IpAddr>, Name)> {
         let (topology, cluster) = (self.topology, self.trace.cluster);
         // Pods do not forward, so an error about a TTL comes from the router itself.
         let by_router =
@@ -142,12 +142,15 @@ impl<'a> Way<'a> {
         }
         let remote = first.encap.as_ref().map_or(remote, |encap| encap.src);
         let Some(node) = topology.node_of(cluster, remote) else {
-            return Some((None, remote.to_string()));
+            return Some((None, remote.to_string().into()));
         };
         if topology.is_own(node, source) {
             return None;
         }
-        let name = topology.name(node).cloned().unwrap_or_else(|| remote.to_string());
+        let name = topology
+            .name(node)
+            .cloned()
+            .unwrap_or_else(|| remote.to_string().into());
         Some((topology.hop_address(node, source, first.time), name))
     }
 
@@ -303,7 +306,7 @@ impl<'a> Way<'a> {
         }
     }
 
-    fn pod(&self) -> Option<String> {
+    fn pod(&self) -> Option<Name> {
         let owner = self
             .topology
             .owner(self.trace.cluster, self.trace.current().dst)?;
@@ -331,7 +334,7 @@ impl<'a> Way<'a> {
         };
         let node = self.node_name(remote);
         if destination != gateway && destination != remote && Some(destination) != address {
-            self.inferred(address, Some(node.clone()));
+            self.inferred(address, Some(Name::clone(&node)));
         }
         if verdict != Verdict::Expired {
             self.receiver_inferred(Some(node));
@@ -353,20 +356,20 @@ impl<'a> Way<'a> {
         }
     }
 
-    fn node_name(&self, address: IpAddr) -> String {
+    fn node_name(&self, address: IpAddr) -> Name {
         let node: Option<Netns> = self.topology.node_of(self.trace.cluster, address);
         node.and_then(|node| self.topology.name(node).cloned())
-            .unwrap_or_else(|| address.to_string())
+            .unwrap_or_else(|| address.to_string().into())
     }
 
-    fn inferred(&mut self, address: Option<IpAddr>, node: Option<String>) {
+    fn inferred(&mut self, address: Option<IpAddr>, node: Option<Name>) {
         let number = self.next();
         let hop = self.hop(number);
         hop.address = address;
         hop.node = node;
     }
 
-    fn receiver_inferred(&mut self, node: Option<String>) {
+    fn receiver_inferred(&mut self, node: Option<Name>) {
         let (address, pod) = (self.trace.flow.dst, self.pod());
         let number = self.next();
         let hop = self.hop(number);

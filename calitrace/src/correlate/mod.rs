@@ -38,8 +38,8 @@ use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, NatKind, NatStep,
-    PacketTrace, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, Name, NatKind,
+    NatStep, PacketTrace, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};

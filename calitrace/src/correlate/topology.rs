@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::ledger::Ledgers;
+use super::{Name, ledger::Ledgers};
 use crate::event::{
     Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
     machine_of,
@@ -31,7 +31,7 @@ pub(super) struct Place {
 #[derive(Clone, Debug)]
 pub(super) struct Owner {
     pub(super) node: Netns,
-    pub(super) name: Option<String>,
+    pub(super) name: Option<Name>,
 }
 
 /// Where a packet goes from a node.
@@ -56,20 +56,20 @@ pub(super) struct Beyond {
 
 #[derive(Debug, Default)]
 struct NodeInfo {
-    name: Option<String>,
+    name: Option<Name>,
     cluster: Option<u32>,
     addresses: Vec<IpAddr>,
     routes: Vec<Route>,
     /// Index of the route by destination.
     looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
-    interfaces: FxHashMap<u32, (String, Role)>,
+    interfaces: FxHashMap<u32, (Name, Role)>,
 }
 
 #[derive(Debug)]
 struct PodInfo {
     node: Netns,
     ifindex: u32,
-    name: Option<String>,
+    name: Option<Name>,
     gone: bool,
 }
 
@@ -138,7 +138,7 @@ impl Topology {
                 owners.push(node.netns);
             }
         }
-        info.name = Some(node.name.clone());
+        info.name = Some(node.name.as_str().into());
         info.cluster = Some(node.cluster);
         info.addresses.clone_from(&node.addresses);
         self.clusters = self.nodes.values().filter_map(|info| info.cluster).collect();
@@ -150,8 +150,10 @@ impl Topology {
     fn interface(&mut self, interface: &Interface) {
         if !interface.gone {
             let node = self.nodes.entry(interface.netns).or_default();
-            node.interfaces
-                .insert(interface.ifindex, (interface.name.clone(), interface.role));
+            node.interfaces.insert(
+                interface.ifindex,
+                (interface.name.as_str().into(), interface.role),
+            );
         }
     }
 
@@ -169,7 +171,7 @@ impl Topology {
             let info = PodInfo {
                 node: pod.netns,
                 ifindex: pod.ifindex,
-                name: pod.name.clone(),
+                name: pod.name.as_deref().map(Name::from),
                 gone: false,
             };
             match known {
@@ -237,12 +239,12 @@ impl Topology {
     }
 
     /// The node's name.
-    pub(super) fn name(&self, node: Netns) -> Option<&String> {
+    pub(super) fn name(&self, node: Netns) -> Option<&Name> {
         self.nodes.get(&node)?.name.as_ref()
     }
 
     /// The name of an interface of a node. In a pod's own namespace: of the workload interface at its other end.
-    pub(super) fn interface_name(&self, netns: Netns, ifindex: u32) -> Option<&String> {
+    pub(super) fn interface_name(&self, netns: Netns, ifindex: u32) -> Option<&Name> {
         if let Some(info) = self.nodes.get(&netns) {
             return info.interfaces.get(&ifindex).map(|(name, _)| name);
         }

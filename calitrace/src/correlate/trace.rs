@@ -1,11 +1,14 @@
 //! What correlation yields: packet traces. Their serde form is the stable `-o json` interface
 //! (`calitrace/schema/calitrace-1.schema.json`): fields only ever get added, unknown is null, never absent.
 
-use std::net::IpAddr;
+use std::{net::IpAddr, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
 use crate::event::{EncapKind, Flow, Netns, Packet};
+
+/// A node's, interface's or pod's name. Every sighting has some, so they are not copied.
+pub type Name = Arc<str>;
 
 /// How a packet ended, as far as it was seen. Strongest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -89,9 +92,9 @@ pub struct FlowName {
     /// The flow.
     pub flow: Flow,
     /// `namespace/name` of the sending pod.
-    pub src_pod: Option<String>,
+    pub src_pod: Option<Name>,
     /// `namespace/name` of the receiving pod; behind a service the pod it was sent on to.
-    pub dst_pod: Option<String>,
+    pub dst_pod: Option<Name>,
 }
 
 /// Where and why the kernel dropped it.
@@ -102,13 +105,13 @@ pub struct DropReport {
     /// The kernel function.
     pub location: Option<String>,
     /// The node; for a drop inside a pod's own namespace the node of the pod.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// The interface it was last seen at, or the one the kernel names.
-    pub interface: Option<String>,
+    pub interface: Option<Name>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
     /// The Calico policy, where known.
-    pub policy: Option<String>,
+    pub policy: Option<Name>,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further
@@ -116,9 +119,9 @@ pub struct DropReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Bypass {
     /// The node.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// The interface.
-    pub interface: Option<String>,
+    pub interface: Option<Name>,
     /// Names of the programs, as far as the kernel keeps them.
     pub programs: Vec<String>,
 }
@@ -170,7 +173,7 @@ pub struct NatStep {
     /// Which side changed.
     pub kind: NatKind,
     /// Where.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// Before.
     pub from: Endpoint,
     /// After.
@@ -214,9 +217,9 @@ pub struct Hop {
     /// What traceroute prints; null if it is not known here.
     pub address: Option<IpAddr>,
     /// The node's name, or its address where only that is known.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// `namespace/name` of the receiving pod.
-    pub pod: Option<String>,
+    pub pod: Option<Name>,
     /// First sighting at this hop, nanoseconds after the packet's first observation.
     pub arrived_ns: Option<u64>,
     /// When the packet left it (first observation with the TTL lowered), nanoseconds after the first observation; of
@@ -237,11 +240,11 @@ pub struct Hop {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Sighting {
     /// The node's name.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// Its network namespace.
     pub netns: Netns,
     /// Name of the interface.
-    pub interface: Option<String>,
+    pub interface: Option<Name>,
     /// Name of the hook.
     pub hook: &'static str,
     /// Why it is taken for one of this packet; null for the first.

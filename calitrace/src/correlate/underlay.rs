@@ -73,7 +73,7 @@ pub(super) fn end(trace: &Open, topology: &Topology) -> Option<End> {
     let name = topology
         .name(next)
         .cloned()
-        .unwrap_or_else(|| encap.dst.to_string());
+        .unwrap_or_else(|| encap.dst.to_string().into());
     (encap.ttl <= routers).then(|| End {
         verdict: Verdict::Expired,
         told: false,

@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use super::way::{self, Step};
 use crate::{
-    correlate::{Answer, AnswerKind, Certainty, FlowName, Hop, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Certainty, FlowName, Hop, Name, PacketTrace, Verdict},
     event::{Packet, Transport},
 };
 
@@ -65,9 +65,9 @@ pub struct Line {
     /// One for each packet, the oldest first; none where nothing is known or nobody answered.
     pub readings: Vec<Option<Reading>>,
     /// The node's name, or its address where only that is known.
-    pub node: Option<String>,
+    pub node: Option<Name>,
     /// The receiving pod.
-    pub pod: Option<String>,
+    pub pod: Option<Name>,
     /// How sure it is.
     pub certainty: Certainty,
     /// Why nobody answered, where that is known.

@@ -1,12 +1,12 @@
 //! The way through a node: the interfaces a packet passed there and the headers it was wrapped in.
 
-use crate::correlate::{PacketTrace, SightedEncap, Sighting};
+use crate::correlate::{Name, PacketTrace, SightedEncap, Sighting};
 
 /// A step of the way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Step {
     /// An interface.
-    Interface(String),
+    Interface(Name),
     /// From here on the packet is carried in this outer header.
     Encapsulated(SightedEncap),
 }
@@ -74,7 +74,7 @@ fn steps(stay: &[Sighting], known: &mut Option<SightedEncap>) -> Vec<Step> {
         if let Some(interface) = &sighting.interface
             && last != Some(interface)
         {
-            steps.push(Step::Interface(interface.clone()));
+            steps.push(Step::Interface(Name::clone(interface)));
         }
     }
     steps

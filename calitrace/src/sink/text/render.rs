@@ -286,7 +286,7 @@ fn steps(steps: &[Step]) -> String {
         .iter()
         .enumerate()
         .map(|(index, step)| match step {
-            Step::Interface(name) if index == 0 => name.clone(),
+            Step::Interface(name) if index == 0 => name.to_string(),
             Step::Interface(name) => format!(" → {name}"),
             Step::Encapsulated(encap) => {
                 let kind = match encap.kind {

@@ -2,7 +2,7 @@
 
 use super::render::{Look, Row, row};
 use crate::{
-    correlate::{Answer, AnswerKind, Bypass, DropReport, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Bypass, DropReport, Name, PacketTrace, Verdict},
     view::{Block, Kind},
 };
 
@@ -56,7 +56,7 @@ fn reason(packet: &PacketTrace) -> Option<&str> {
 }
 
 fn handed_on(bypass: &Bypass) -> String {
-    let part = |word: &str, value: &Option<String>| {
+    let part = |word: &str, value: &Option<Name>| {
         let value = value.as_ref().map(|value| format!(" {word} {value}"));
         value.unwrap_or_default()
     };
@@ -72,7 +72,7 @@ fn dropped(report: Option<&DropReport>) -> String {
     let Some(report) = report else {
         return "✗ dropped".into();
     };
-    let part = |word: &str, value: &Option<String>| value.as_ref().map(|value| format!(" {word} {value}"));
+    let part = |word: &str, value: &Option<Name>| value.as_ref().map(|value| format!(" {word} {value}"));
     let parts = [
         part("on node", &report.node),
         part("at", &report.interface),
