@@ -14,7 +14,8 @@ use crate::{
 pub(super) struct Books {
     /// Per node; drops in namespaces that are no node's are kept under 0.
     nodes: FxHashMap<Netns, String>,
-    /// The node of a pod's own namespace: drops there are the node's.
+    /// The node of a pod's own namespace. What happens there is told of; the kernel side counts it with what belongs to no
+    /// node, since only nodes have slots for it.
     pods: FxHashMap<Netns, Netns>,
     decoded: FxHashMap<(Netns, Hook), u64>,
     /// Hooks that were taken away and are not back yet, with the time they were last seen in place.
@@ -36,7 +37,8 @@ impl Books {
 
     /// Whether it is a node's namespace, or one of a pod of a node. 0, which is not known, may be.
     pub(super) fn is_ours(&self, netns: Netns) -> bool {
-        netns == 0 || self.row_of(netns) != 0
+        let node = self.pods.get(&netns).unwrap_or(&netns);
+        netns == 0 || self.nodes.contains_key(node)
     }
 
     /// A record was decoded.
@@ -112,15 +114,45 @@ impl Books {
         }
     }
 
+    /// Where the kernel side counts what happens in a namespace: both sides of the sums have to be in one row.
     fn row_of(&self, netns: Netns) -> Netns {
-        let node = self.pods.get(&netns).copied().unwrap_or(netns);
-        if self.nodes.contains_key(&node) { node } else { 0 }
+        if self.nodes.contains_key(&netns) { netns } else { 0 }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use calitrace_ebpf::shared::Counters;
+
     use super::*;
+
+    #[test]
+    fn a_record_of_a_pods_own_namespace_is_in_the_row_that_counted_it() {
+        let (node, pod, hook) = (1, 7, Hook::SkbClone);
+        let mut books = Books::default();
+        books.name(node, "minikube".to_owned());
+        books.pod(pod, node);
+        assert!(books.is_ours(pod) && books.is_ours(node) && books.is_ours(0) && !books.is_ours(8));
+        books.decoded(node, hook);
+        books.decoded(pod, hook);
+        let recorded = Counters {
+            seen: 1,
+            recorded: 1,
+            ..Counters::default()
+        };
+        // The kernel side knows no slot for the pod's namespace, and says 0.
+        let counts = [node, 0].map(|netns| Count {
+            netns,
+            ifindex: 0,
+            hook,
+            counters: recorded,
+        });
+        let ledger = books.ledger(10, true, &counts, &BTreeMap::new());
+        assert_eq!(ledger.rows.len(), 2);
+        for row in ledger.rows {
+            assert_eq!((row.recorded, row.decoded), (1, 1), "{:?}", row.node);
+        }
+    }
 
     #[test]
     fn the_time_without_a_hook_is_in_its_row() {
