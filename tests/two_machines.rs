@@ -103,21 +103,15 @@ pub(crate) fn split(items: &[Item]) -> Result<Option<Logs>> {
     }))
 }
 
-/// The namespace that an item is about.
+/// The namespace that an observation or a fact is about.
 fn netns_of(item: &Item) -> Option<Netns> {
-    match item {
-        Item::Observation(observation) => Some(observation.netns),
-        Item::Fact(fact) => match fact {
-            Fact::Node(node) => Some(node.netns),
-            Fact::Interface(interface) => Some(interface.netns),
-            Fact::Pod(pod) => Some(pod.netns),
-            Fact::Routes { netns, .. } => Some(*netns),
-            Fact::HopAddress(hop) => Some(hop.netns),
-            Fact::Attachment(attachment) => Some(attachment.netns),
-            Fact::Services { .. } | Fact::Clock(_) | Fact::ClockOffset(_) => None,
-        },
-        _ => None,
+    let mut first = None;
+    if matches!(item, Item::Observation(_) | Item::Fact(_)) {
+        item.clone().namespaces_mut(|netns| {
+            first.get_or_insert(*netns);
+        });
     }
+    first
 }
 
 /// An item as the second machine would have it: another clock, other numbers.
@@ -126,32 +120,10 @@ fn moved(mut item: Item) -> Item {
         *time += AHEAD;
     }
     // The first namespaces of each machine have the same numbers.
-    let number = |netns: &mut Netns| *netns = netns.saturating_sub(1);
+    item.namespaces_mut(|netns| *netns = netns.saturating_sub(1));
     match &mut item {
-        Item::Observation(observation) => {
-            number(&mut observation.netns);
-            if observation.skb != 0 {
-                observation.skb ^= 0x7_0000;
-            }
-        }
-        Item::Fact(fact) => match fact {
-            Fact::Node(node) => number(&mut node.netns),
-            Fact::Interface(interface) => number(&mut interface.netns),
-            Fact::Pod(pod) => {
-                number(&mut pod.netns);
-                pod.pod_netns.iter_mut().for_each(number);
-            }
-            Fact::Routes { netns, .. } => number(netns),
-            Fact::HopAddress(hop) => number(&mut hop.netns),
-            Fact::Attachment(attachment) => number(&mut attachment.netns),
-            Fact::Clock(clock) => clock.realtime += WRONG,
-            Fact::Services { .. } | Fact::ClockOffset(_) => {}
-        },
-        Item::Ledger(ledger) => ledger
-            .rows
-            .iter_mut()
-            .filter_map(|row| row.netns.as_mut())
-            .for_each(number),
+        Item::Observation(observation) if observation.skb != 0 => observation.skb ^= 0x7_0000,
+        Item::Fact(Fact::Clock(clock)) => clock.realtime += WRONG,
         _ => {}
     }
     item

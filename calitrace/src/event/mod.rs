@@ -78,6 +78,32 @@ impl Item {
             Self::Tick { time } | Self::End { time } => Some(time),
         }
     }
+
+    /// Calls `change` with every namespace that it names.
+    pub fn namespaces_mut(&mut self, mut change: impl FnMut(&mut Netns)) {
+        match self {
+            Self::Observation(observation) => change(&mut observation.netns),
+            Self::Fact(fact) => match fact {
+                Fact::Node(node) => change(&mut node.netns),
+                Fact::Interface(interface) => change(&mut interface.netns),
+                Fact::Pod(pod) => {
+                    change(&mut pod.netns);
+                    pod.pod_netns.iter_mut().for_each(change);
+                }
+                Fact::Routes { netns, .. } => change(netns),
+                Fact::HopAddress(hop) => change(&mut hop.netns),
+                Fact::Attachment(attachment) => change(&mut attachment.netns),
+                Fact::ClockOffset(offset) => change(&mut offset.netns),
+                Fact::Services { .. } | Fact::Clock(_) => {}
+            },
+            Self::Ledger(ledger) => ledger
+                .rows
+                .iter_mut()
+                .filter_map(|row| row.netns.as_mut())
+                .for_each(change),
+            Self::Header(_) | Self::Tick { .. } | Self::End { .. } => {}
+        }
+    }
 }
 
 /// Counts of what was seen, recorded, filtered, sampled away and lost, per hook and node.

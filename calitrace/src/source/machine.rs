@@ -56,7 +56,7 @@ impl Machine {
         if self.number != 0 {
             // 0 is no namespace; but what was seen without one was seen on this machine. Inode numbers take the lower half.
             let seen = matches!(item, Item::Observation(_));
-            namespaces(item, |netns| {
+            item.namespaces_mut(|netns| {
                 if *netns != 0 || seen {
                     *netns |= u64::from(self.number) << 32;
                 }
@@ -125,32 +125,6 @@ fn facts<'a>(logs: &[&'a [Item]]) -> impl Iterator<Item = (usize, &'a Fact)> {
             _ => None,
         })
     })
-}
-
-/// Every namespace that an item names.
-fn namespaces(item: &mut Item, mut change: impl FnMut(&mut Netns)) {
-    match item {
-        Item::Observation(observation) => change(&mut observation.netns),
-        Item::Fact(fact) => match fact {
-            Fact::Node(node) => change(&mut node.netns),
-            Fact::Interface(interface) => change(&mut interface.netns),
-            Fact::Pod(pod) => {
-                change(&mut pod.netns);
-                pod.pod_netns.iter_mut().for_each(change);
-            }
-            Fact::Routes { netns, .. } => change(netns),
-            Fact::HopAddress(hop) => change(&mut hop.netns),
-            Fact::Attachment(attachment) => change(&mut attachment.netns),
-            Fact::ClockOffset(offset) => change(&mut offset.netns),
-            Fact::Services { .. } | Fact::Clock(_) => {}
-        },
-        Item::Ledger(ledger) => ledger
-            .rows
-            .iter_mut()
-            .filter_map(|row| row.netns.as_mut())
-            .for_each(change),
-        Item::Header(_) | Item::Tick { .. } | Item::End { .. } => {}
-    }
 }
 
 #[cfg(test)]
