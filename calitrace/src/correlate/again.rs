@@ -96,36 +96,23 @@ impl<K: Eq + Hash, V: Copy> Recent<K, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::event::sample;
 
     /// What each of these segments (first number, flags, payload) is, sent one after another.
     fn sent(segments: &[(u32, u8, u32)]) -> Vec<Option<u32>> {
         let mut again = Again::default();
         let segment = |(seq, flags, payload): &(u32, u8, u32)| {
-            let packet = Packet {
-                src: [10, 244, 0, 1].into(),
-                dst: [10, 244, 1, 1].into(),
-                proto: 6,
-                ttl: 64,
-                tos: 0,
-                ip_id: 0,
-                length: payload + 52,
-                dont_fragment: true,
-                more_fragments: false,
-                fragment_offset: 0,
-                transport: Transport::Tcp {
-                    src_port: 40_000,
-                    dst_port: 80,
-                    seq: *seq,
-                    ack: 1,
-                    flags: *flags,
-                    window: 500,
-                    tsval: None,
-                    payload: *payload,
-                },
-                digest: 0,
-                gso_size: 0,
-                gso_segs: 0,
+            let transport = Transport::Tcp {
+                src_port: 40_000,
+                dst_port: 80,
+                seq: *seq,
+                ack: 1,
+                flags: *flags,
+                window: 500,
+                tsval: None,
+                payload: *payload,
             };
+            let packet = sample::packet(6, payload + 52, transport);
             again.sent(1, &packet.flow(), &packet)
         };
         segments.iter().map(segment).collect()

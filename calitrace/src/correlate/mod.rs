@@ -441,42 +441,20 @@ fn is_about_tunnel(observation: &Observation) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::Packet;
+    use crate::event::{Packet, sample};
 
     fn sent(number: u32) -> Item {
-        let packet = Packet {
-            src: [10, 244, 0, 1].into(),
-            dst: [10, 244, 1, 1].into(),
-            proto: 17,
-            ttl: 64,
-            tos: 0,
-            ip_id: number,
-            length: 48,
-            dont_fragment: false,
-            more_fragments: false,
-            fragment_offset: 0,
-            transport: Transport::Udp {
-                src_port: 5000,
-                dst_port: 53,
-                payload: 20,
-            },
-            digest: number.into(),
-            gso_size: 0,
-            gso_segs: 0,
+        let transport = Transport::Udp {
+            src_port: 5000,
+            dst_port: 53,
+            payload: 20,
         };
-        Item::Observation(Observation {
-            time: 1_000 + u64::from(number),
-            netns: 1,
-            ifindex: 2,
-            hook: Hook::WorkloadIngress,
-            cpu: 0,
-            skb: 0,
-            head: 0,
-            packet,
-            encap: None,
-            drop: None,
-            detail: None,
-        })
+        let packet = Packet {
+            ip_id: number,
+            digest: number.into(),
+            ..sample::packet(17, 48, transport)
+        };
+        Item::Observation(sample::sent(1_000 + u64::from(number), packet))
     }
 
     #[test]

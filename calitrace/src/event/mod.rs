@@ -7,6 +7,8 @@ mod decode;
 mod fact;
 mod log;
 mod packet;
+#[cfg(test)]
+pub(crate) mod sample;
 
 pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{

@@ -16,7 +16,7 @@ pub(super) use capture::DRAIN;
 use capture::{Capture, correlate, packets, tell};
 use model::{Fate, Kind, Sent, Way, ends, sent};
 pub(super) use path::BEGIN;
-use path::{Offloads, Walk, walk};
+use path::{Offloads, Walk, Walked, walk};
 
 use super::{Joint, PacketTrace, Verdict};
 use crate::event::EncapKind;
@@ -76,6 +76,37 @@ fn hops_are_true(trace: &PacketTrace, sent: &Sent) -> Result<(), TestCaseError> 
     Ok(())
 }
 
+/// The packets on their way, a doubled one and its copy as one.
+fn walk_united(sent: &[Sent], encap: Option<EncapKind>, offloads: &Offloads) -> Walk {
+    let mut walk = walk(sent, encap, offloads, false);
+    walk.unite_copies();
+    walk
+}
+
+/// Takes away what is not `kept`, again and again in that pattern; how many that were.
+fn lose(walked: &mut Vec<Walked>, kept: &[bool]) -> u64 {
+    let before = walked.len();
+    let mut kept = kept.iter().cycle();
+    walked.retain(|_| kept.next().is_none_or(|kept| *kept));
+    (before - walked.len()) as u64
+}
+
+/// The packet that all of a trace is of, and that the trace has all of.
+fn whole(trace: &PacketTrace, walked: &[Walked]) -> Result<usize, TestCaseError> {
+    let of = packets(trace, walked);
+    prop_assert_eq!(of.len(), 1, "mixed: {}", tell(trace, walked));
+    let number = of[0];
+    let is_of = |walked: &&Walked| walked.numbers.contains(&number) && walked.observation.skb != 0;
+    let observed = walked.iter().filter(is_of).count();
+    prop_assert_eq!(
+        trace.observations.len(),
+        observed,
+        "not whole: {}",
+        tell(trace, walked)
+    );
+    Ok(number)
+}
+
 proptest! {
     #![proptest_config(cases(10_000))]
 
@@ -91,11 +122,7 @@ proptest! {
         let traces = correlate(&walked, encap, &capture, 0);
         prop_assert_eq!(traces.len(), all.len());
         for trace in &traces {
-            let of = packets(trace, &walked);
-            prop_assert_eq!(of.len(), 1, "mixed: {}", tell(trace, &walked));
-            let number = of[0];
-            let observed = walked.iter().filter(|walked| walked.numbers.contains(&number) && walked.observation.skb != 0);
-            prop_assert_eq!(trace.observations.len(), observed.count(), "not whole: {}", tell(trace, &walked));
+            let number = whole(trace, &walked)?;
             // Only where there are others alike does the order decide.
             let alike = all.iter().any(|(other, _)| other.again && other.spec == all[number].0.spec);
             prop_assert!(trace.certainty < Joint::Order || alike, "{}", tell(trace, &walked));
@@ -122,13 +149,8 @@ proptest! {
         for packet in &mut sent {
             packet.again = false;
         }
-        let mut walk = walk(&sent, encap, &offloads, false);
-        walk.unite_copies();
-        let Walk { mut walked, packets: all } = walk;
-        let before = walked.len();
-        let mut kept = kept.into_iter().cycle();
-        walked.retain(|_| kept.next().unwrap_or(true));
-        let lost = (before - walked.len()) as u64;
+        let Walk { mut walked, packets: all } = walk_united(&sent, encap, &offloads);
+        let lost = lose(&mut walked, &kept);
         for trace in correlate(&walked, encap, &capture, lost) {
             let of = packets(&trace, &walked);
             prop_assert!(!of.is_empty(), "mixed: {}", tell(&trace, &walked));
@@ -156,13 +178,8 @@ proptest! {
         for packet in &mut sent {
             packet.again &= packet.spec.kind == Kind::Data || !packet.spec.is_numbered();
         }
-        let mut walk = walk(&sent, encap, &offloads, false);
-        walk.unite_copies();
-        let Walk { mut walked, packets: all } = walk;
-        let before = walked.len();
-        let mut kept = kept.into_iter().cycle();
-        walked.retain(|_| kept.next().unwrap_or(true));
-        let lost = (before - walked.len()) as u64;
+        let Walk { mut walked, packets: all } = walk_united(&sent, encap, &offloads);
+        let lost = lose(&mut walked, &kept);
         for trace in correlate(&walked, encap, &capture, lost) {
             let of = packets(&trace, &walked);
             if trace.certainty == Joint::Order {
@@ -187,9 +204,7 @@ proptest! {
         for packet in &mut sent {
             packet.again = false;
         }
-        let mut walk = walk(&sent, encap, &offloads, false);
-        walk.unite_copies();
-        let Walk { mut walked, packets: all } = walk;
+        let Walk { mut walked, packets: all } = walk_united(&sent, encap, &offloads);
         let blind = (facts::netns(node), capture::HOOKS[hook]);
         walked.retain(|walked| (walked.observation.netns, walked.observation.hook) != blind);
         let capture = Capture { blind: Some(blind), ..capture };
@@ -225,11 +240,8 @@ proptest! {
         let traces = correlate(&walked, encap, &capture, 0);
         prop_assert_eq!(traces.len(), all.len());
         for trace in &traces {
-            let of = packets(trace, &walked);
-            prop_assert_eq!(of.len(), 1, "mixed: {}", tell(trace, &walked));
-            let observed = walked.iter().filter(|walked| walked.numbers.contains(&of[0]) && walked.observation.skb != 0);
-            prop_assert_eq!(trace.observations.len(), observed.count(), "not whole: {}", tell(trace, &walked));
-            prop_assert_eq!(trace.verdict, due(&all[of[0]].0), "{}", tell(trace, &walked));
+            let number = whole(trace, &walked)?;
+            prop_assert_eq!(trace.verdict, due(&all[number].0), "{}", tell(trace, &walked));
         }
     }
 }

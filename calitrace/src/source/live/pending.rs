@@ -27,36 +27,12 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::event::{Hook, Packet, Transport};
+    use crate::event::{Transport, sample};
 
     fn observed(time: u64, cpu: u16) -> Observation {
         Observation {
-            time,
-            netns: 1,
-            ifindex: 2,
-            hook: Hook::WorkloadIngress,
             cpu,
-            skb: 0,
-            head: 0,
-            packet: Packet {
-                src: [10, 244, 0, 1].into(),
-                dst: [10, 244, 1, 1].into(),
-                proto: 47,
-                ttl: 64,
-                tos: 0,
-                ip_id: 1,
-                length: 48,
-                dont_fragment: false,
-                more_fragments: false,
-                fragment_offset: 0,
-                transport: Transport::Other,
-                digest: 0,
-                gso_size: 0,
-                gso_segs: 0,
-            },
-            encap: None,
-            drop: None,
-            detail: None,
+            ..sample::sent(time, sample::packet(47, 48, Transport::Other))
         }
     }
 
