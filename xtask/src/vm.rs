@@ -17,8 +17,12 @@ mod tree;
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::iter;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
@@ -167,7 +171,7 @@ fn of_series(named: &[String]) -> Result<Vec<Kernel>> {
     Ok(kernels)
 }
 
-/// Runs all of `runs` on each kernel, one guest after the other: two at once gain nothing on two cores.
+/// Runs all of `runs` on each kernel, as many guests at once as this machine has the processors for.
 fn matrix(kernels: &[Kernel], runs: &[Run<'_>], product: &OsStr, limit: Duration) -> Result<Vec<Outcome>> {
     let scratch = workspace::root().join("target/vm/guest");
     fs::create_dir_all(&scratch).with_context(|| format!("make the folder {}", scratch.display()))?;
@@ -198,22 +202,43 @@ fn matrix(kernels: &[Kernel], runs: &[Run<'_>], product: &OsStr, limit: Duration
     );
     tree.made(Path::new("/guest/tests"), 0o644, programs::script(runs));
 
-    let mut outcomes = Vec::new();
+    let mut guests = Vec::new();
     for kernel in kernels {
         let mut tree = tree.clone();
-        modules::add(&mut tree, kernel, &scratch.join("modules"))?;
-        let root = scratch.join("root.cpio");
+        let folder = scratch.join(&kernel.release);
+        modules::add(&mut tree, kernel, &folder.join("modules"))?;
+        let root = folder.join("root.cpio");
         tree.write(&root)?;
-        let guest = Guest {
+        guests.push(Guest {
             kernel,
             root,
             accelerator,
             limit,
             messages: Stdio::inherit,
-        };
-        outcomes.push(one(&guest, &interrupts)?);
+        });
     }
-    Ok(outcomes)
+    at_once(accelerator.guests_at_once(), &guests, &interrupts)
+}
+
+/// Runs the guests, `count` at a time; the outcomes are in their order.
+fn at_once(count: usize, guests: &[Guest<'_>], interrupts: &Interrupts) -> Result<Vec<Outcome>> {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed))
+            .map_while(|place| Some((place, guests.get(place)?)))
+            .map(|(place, guest)| Ok((place, one(guest, interrupts)?)))
+            .collect::<Result<Vec<_>>>()
+    };
+    let mut outcomes = thread::scope(|scope| {
+        let workers: Vec<_> = (0..count).map(|_| scope.spawn(work)).collect();
+        let mut outcomes = Vec::new();
+        for worker in workers {
+            outcomes.extend(worker.join().unwrap_or_else(|panic| resume_unwind(panic))?);
+        }
+        anyhow::Ok(outcomes)
+    })?;
+    outcomes.sort_unstable_by_key(|(place, _)| *place);
+    Ok(outcomes.into_iter().map(|(_, outcome)| outcome).collect())
 }
 
 /// One guest, with its console on this one. Booted again if the kernel panics before its first process.

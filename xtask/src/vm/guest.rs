@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
+use std::num::NonZeroUsize;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -26,6 +27,8 @@ const COMMAND_LINE: &str = "console=ttyS0 panic=-1 quiet loglevel=3 mitigations=
      random.trust_cpu=on";
 /// With labs, libraries and test programs in memory.
 const MEGABYTES: &str = "3072";
+/// More than one, since a ring and a counter for each is what nodes have.
+const PROCESSORS: usize = 2;
 /// How long KVM has for a guest that does nothing. It takes two seconds where it works.
 const TRIAL: Duration = Duration::from_secs(20);
 
@@ -72,7 +75,19 @@ impl Accelerator {
     fn arguments(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+            // Both of the guest's processors in one thread. With a thread for each, QEMU before 8.1 may translate code
+            // that the other is changing, and Linux, which changes its own (jump labels, trampolines), then dies of a
+            // breakpoint that was already taken away ("Oops: int3"; mended by QEMU's "Always lock pages before translation").
+            Self::Tcg => ["-accel", "tcg,thread=single", "-cpu", "max"],
+        }
+    }
+
+    /// How many guests keep this machine's processors busy.
+    pub(super) fn guests_at_once(self) -> usize {
+        let processors = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        match self {
+            Self::Kvm => processors.div_ceil(PROCESSORS),
+            Self::Tcg => processors,
         }
     }
 
@@ -125,7 +140,8 @@ impl Guest<'_> {
             .context("no qemu-system-x86_64 on the path (package qemu-system-x86)")?;
         let mut command = Command::new(program);
         command
-            .args(["-machine", "q35", "-smp", "2", "-m", MEGABYTES])
+            .args(["-machine", "q35", "-m", MEGABYTES])
+            .args(["-smp", &PROCESSORS.to_string()])
             .args(self.accelerator.arguments())
             .args([
                 "-nodefaults",
