@@ -148,15 +148,23 @@ fn with_offloads(encapsulation: Encapsulation) -> Result<()> {
     };
     capture.stop()?;
     let packets = watch.stop()?.packets()?;
-    for (from, to, bytes) in [
+    for (sender, receiver, bytes) in [
         (&one, &two, http.segments.bytes_out),
         (&two, &one, served.segments.bytes_out),
     ] {
-        let (from, to) = (from.address.to_string(), to.address.to_string());
+        let (from, to) = (sender.address.to_string(), receiver.address.to_string());
         let traces: Vec<&Value> = packets
             .iter()
             .filter(|packet| goes(packet, "tcp", &from, &to))
             .collect();
+        // Pieces of a super-packet that are not joined to it would begin where it was cut.
+        for trace in &traces {
+            ensure!(
+                trace["observations"][0]["interface"] == sender.interface.as_str(),
+                "first seen elsewhere than at {}: {trace:#}",
+                sender.interface
+            );
+        }
         let traced: u64 = traces
             .iter()
             .filter_map(|packet| packet["length"].as_u64())
