@@ -7,6 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 
 use crate::inventory::{TCX_EGRESS, TCX_INGRESS, bpf, index_of, tcx};
 use crate::namespace::Namespace;
@@ -198,12 +199,23 @@ fn load(to: Ipv4Addr, action: Action<'_>) -> Result<OwnedFd> {
         flags: 0,
         name,
     };
-    let fd = bpf(PROG_LOAD, &mut attributes).with_context(|| {
+    let fd = without_memory_limit(|| bpf(PROG_LOAD, &mut attributes))?.with_context(|| {
         let end = log.iter().position(|byte| *byte == 0).unwrap_or(log.len());
         format!("load a stand-in: {}", String::from_utf8_lossy(&log[..end]))
     })?;
     // SAFETY: the kernel has just given this descriptor to us and nobody else.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Before 5.11 programs are locked memory, and of what has ended some is given back only later: what the last run of the
+/// program under test held may still count. The limit comes back at once, since that program has to lift it itself.
+fn without_memory_limit<T>(work: impl FnOnce() -> T) -> Result<T> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).context("read the limit on locked memory")?;
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
+        .context("lift the limit on locked memory")?;
+    let result = work();
+    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).context("set the limit on locked memory again")?;
+    Ok(result)
 }
 
 /// `struct bpf_insn`.
