@@ -1,7 +1,7 @@
 //! Runs cargo builds and reads from its messages which programs came out.
 
 use std::io::{BufRead as _, BufReader};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
@@ -39,15 +39,51 @@ pub(crate) fn build_static(what: &str, arguments: &[&str]) -> Result<Vec<Executa
     executables(what, command)
 }
 
+/// What libFuzzer needs to see which way an input took and what it was compared with: cargo-fuzz's flags (0.13, `project.rs`).
+const INSTRUMENTATION: [&str; 6] = [
+    "--cfg fuzzing",
+    "-Cpasses=sancov-module",
+    "-Cllvm-args=-sanitizer-coverage-level=4",
+    "-Cllvm-args=-sanitizer-coverage-inline-8bit-counters",
+    "-Cllvm-args=-sanitizer-coverage-pc-table",
+    "-Cllvm-args=-sanitizer-coverage-trace-compares",
+];
+
+/// Builds the programs of another workspace, in the folder `package`, instrumented for libFuzzer.
+pub(crate) fn build_instrumented(
+    what: &str,
+    package: &Path,
+    target_folder: &Path,
+) -> Result<Vec<Executable>> {
+    let host = host()?;
+    let mut command = Command::new("cargo");
+    command
+        .args(["build", "--release", "--bins", "--locked", "--target", &host])
+        .arg("--manifest-path")
+        .arg(package.join("Cargo.toml"))
+        .arg("--target-dir")
+        .arg(target_folder)
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env(flags_variable(&host), INSTRUMENTATION.join(" "));
+    executables(what, command)
+}
+
 /// Makes a cargo command that builds link statically. Named as the target, this machine's own triple gets flags that
 /// build scripts and procedural macros are not given, which have to be dynamic.
 pub(crate) fn link_statically(command: &mut Command) -> Result<()> {
     let host = host()?;
-    let variable = format!("CARGO_TARGET_{}_RUSTFLAGS", host.to_uppercase().replace('-', "_"));
     command
         .args(["--target", &host])
-        .env(variable, "-Ctarget-feature=+crt-static");
+        .env(flags_variable(&host), "-Ctarget-feature=+crt-static");
     Ok(())
+}
+
+/// The variable with the compiler's flags for a target.
+fn flags_variable(triple: &str) -> String {
+    format!(
+        "CARGO_TARGET_{}_RUSTFLAGS",
+        triple.to_uppercase().replace('-', "_")
+    )
 }
 
 /// The triple of this machine.

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod cargo;
 mod demo;
+mod fuzz;
 mod lab;
 mod lint;
 mod root;
@@ -40,6 +41,8 @@ enum Verb {
     Lint,
     /// Run the tests, layer by layer
     Test(test::Options),
+    /// Run the fuzz targets: bytes of others, at random
+    Fuzz(fuzz::Options),
     /// Run tests in virtual machines with stock Debian kernels
     Vm(vm::Options),
     /// Measure what calitrace costs and how fast it is
@@ -64,6 +67,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Demo(options) => demo::run(&options),
         Verb::Lint => lint::run(),
         Verb::Test(options) => test::run(&options),
+        Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Vm(options) => vm::run(&options),
         Verb::Bench(options) => bench::run(&options),
     }

@@ -8,11 +8,12 @@ mod toolchain;
 
 use anyhow::Result;
 
-pub(crate) use packages::{GUESTS, LAB, PYTHON, require as require_programs};
+pub(crate) use packages::{FUZZ, GUESTS, LAB, PYTHON, require as require_programs};
 
 /// All that any verb takes.
 pub(crate) fn everything() -> Result<()> {
     for_build()?;
+    for_fuzz()?;
     for_lab()?;
     jc::require()
 }
@@ -21,6 +22,11 @@ pub(crate) fn everything() -> Result<()> {
 pub(crate) fn for_build() -> Result<()> {
     toolchain::require()?;
     linker::require()
+}
+
+/// What the fuzz targets take besides. Needs root if a program is missing.
+pub(crate) fn for_fuzz() -> Result<()> {
+    require_programs(&FUZZ)
 }
 
 /// What virtual machines take. Needs root if a program is missing.

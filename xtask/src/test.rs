@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cargo::Executable;
 use crate::step::{complain, say};
-use crate::{cargo, root, setup, vm, workspace};
+use crate::{cargo, fuzz, root, setup, vm, workspace};
 pub(crate) use layer::{Layer, plan};
 use run::Environment;
 pub(crate) use totals::Totals;
@@ -57,6 +57,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         say(&format!("\nlayer {layer}"));
         let mut totals = if layer == Layer::Vm {
             guests(&plan, &built, options.only.as_deref())?
+        } else if layer == Layer::Fuzz {
+            fuzz::layer(options.only.as_deref())?
         } else if layer.needs_root() && !root::available() {
             say(&format!(
                 "layer {layer}: skipped: needs root, and there is no sudo here"

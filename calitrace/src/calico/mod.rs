@@ -5,7 +5,7 @@ mod anatomy;
 mod cluster;
 pub mod doctor;
 mod identity;
-mod names;
+pub mod names;
 mod root;
 pub mod topology;
 mod view;

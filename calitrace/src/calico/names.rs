@@ -12,15 +12,15 @@ const INTERFACE_NAME_BYTES: usize = 15;
 
 /// A pod's name as a file tells it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Named {
+pub struct Named {
     /// The workload interface, where the file tells it.
-    pub(super) interface: Option<String>,
+    pub interface: Option<String>,
     /// Kubernetes namespace.
-    pub(super) namespace: String,
+    pub namespace: String,
     /// Pod.
-    pub(super) pod: String,
+    pub pod: String,
     /// The pod's addresses, where the file tells them.
-    pub(super) addresses: Vec<IpAddr>,
+    pub addresses: Vec<IpAddr>,
 }
 
 impl Named {
@@ -34,13 +34,13 @@ impl Named {
     }
 
     /// `namespace/name`.
-    pub(super) fn full_name(&self) -> String {
+    pub fn full_name(&self) -> String {
         format!("{}/{}", self.namespace, self.pod)
     }
 
     /// The names that its workload interface may have: the one that the file tells, else what the SHA-1 rule says for
     /// each prefix.
-    pub(super) fn interfaces(&self, prefixes: &[String]) -> Vec<String> {
+    pub fn interfaces(&self, prefixes: &[String]) -> Vec<String> {
         match &self.interface {
             Some(interface) => vec![interface.clone()],
             None => prefixes
@@ -68,7 +68,7 @@ pub fn workload_interface(prefix: &str, namespace: &str, pod: &str) -> String {
 /// A file of `/var/run/calico/endpoint-status`. Its name is `k8s NAMESPACE%2FPOD ENDPOINT`, its text
 /// `{"ifaceName": …, "ipv4Nets": […], "ipv6Nets": […]}` (libcalico-go/lib/names/workloadendpointstatus.go, felix/statusrep,
 /// Calico 3.30 and later).
-pub(super) fn endpoint_status(file_name: &str, text: &[u8]) -> Option<Named> {
+pub fn endpoint_status(file_name: &str, text: &[u8]) -> Option<Named> {
     #[derive(Deserialize)]
     struct Status {
         #[serde(rename = "ifaceName")]
@@ -87,7 +87,7 @@ pub(super) fn endpoint_status(file_name: &str, text: &[u8]) -> Option<Named> {
 }
 
 /// What the name of an endpoint-status file alone tells.
-pub(super) fn endpoint_file_name(file_name: &str) -> Option<Named> {
+pub fn endpoint_file_name(file_name: &str) -> Option<Named> {
     let mut parts = file_name.split(' ');
     let (orchestrator, workload, _endpoint) = (parts.next()?, parts.next()?, parts.next()?);
     if percent_decoded(orchestrator)? != "k8s" || parts.next().is_some() {
@@ -99,7 +99,7 @@ pub(super) fn endpoint_file_name(file_name: &str) -> Option<Named> {
 }
 
 /// A file of libcni's cache, `/var/lib/cni/results` (libcni/api.go, `cachedInfo`, kind `cniCacheV1`).
-pub(super) fn cni_result(text: &[u8]) -> Option<Named> {
+pub fn cni_result(text: &[u8]) -> Option<Named> {
     #[derive(Deserialize)]
     struct Cached {
         kind: String,
@@ -153,7 +153,7 @@ pub(super) fn cni_result(text: &[u8]) -> Option<Named> {
 }
 
 /// A directory of `/var/log/pods`: `NAMESPACE_POD_UID` (kubelet, `BuildPodLogsDirectory`).
-pub(super) fn pod_log_directory(name: &str) -> Option<Named> {
+pub fn pod_log_directory(name: &str) -> Option<Named> {
     let mut parts = name.split('_');
     let (namespace, pod, uid) = (parts.next()?, parts.next()?, parts.next()?);
     if uid.is_empty() || parts.next().is_some() {
@@ -163,13 +163,13 @@ pub(super) fn pod_log_directory(name: &str) -> Option<Named> {
 }
 
 /// A node's name as its files tell it: one line, a DNS name.
-pub(super) fn node_name(text: &[u8]) -> Option<String> {
+pub fn node_name(text: &[u8]) -> Option<String> {
     let name = std::str::from_utf8(text).ok()?.trim_ascii();
     host_label(name).then(|| name.to_owned())
 }
 
 /// The service prefixes in a kube-apiserver manifest (`--service-cluster-ip-range=10.96.0.0/12,fd00::/108`).
-pub(super) fn service_ranges(manifest: &[u8]) -> Vec<IpNet> {
+pub fn service_ranges(manifest: &[u8]) -> Vec<IpNet> {
     let text = String::from_utf8_lossy(manifest);
     let value = text.lines().find_map(|line| {
         let line = line.trim().trim_start_matches("- ").trim_matches(['"', '\'']);
@@ -190,7 +190,7 @@ fn kubernetes_name(name: &str) -> bool {
 }
 
 /// As above, in either case: hosts are named more freely.
-pub(super) fn host_label(name: &str) -> bool {
+pub fn host_label(name: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_');
     (1..=253).contains(&name.len()) && name.bytes().all(allowed)
 }

@@ -47,6 +47,9 @@ pub(crate) static LAB: [Program; 12] = [
     },
 ];
 
+/// What builds libFuzzer, which is written in C++ and carried by its crate.
+pub(crate) static FUZZ: [Program; 1] = [program("c++", "g++")];
+
 /// What virtual machines are made with, and what tests use in them only.
 pub(crate) static GUESTS: [Program; 7] = [
     program("qemu-system-x86_64", "qemu-system-x86"),

@@ -12,6 +12,8 @@ use crate::cargo::Executable;
 pub(crate) enum Layer {
     /// Unit tests, properties, scenario files, examples in the documentation
     Unit,
+    /// A few seconds of each fuzz target
+    Fuzz,
     /// The binary's help, errors and exit codes
     Cli,
     /// The programs and netlink against the running kernel (root)
@@ -26,8 +28,9 @@ pub(crate) enum Layer {
 }
 
 impl Layer {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::Unit,
+        Self::Fuzz,
         Self::Cli,
         Self::Kernel,
         Self::Lab,
@@ -61,6 +64,7 @@ impl fmt::Display for Layer {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.pad(match self {
             Self::Unit => "unit",
+            Self::Fuzz => "fuzz",
             Self::Cli => "cli",
             Self::Kernel => "kernel",
             Self::Lab => "lab",
