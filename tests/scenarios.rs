@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use calitrace::{
-    correlate::{Config, Correlator, Hop, Joint, PacketTrace},
+    correlate::{Config, Correlator, Hop, Joint, PacketTrace, Segment},
     event::{Item, protocol_name},
 };
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -165,6 +165,14 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     )?;
     if let Some(times) = trace.retransmit {
         writeln!(text, "  retransmit {times}")?;
+    }
+    match (trace.segment, trace.dup_ack) {
+        (Some(Segment::KeepAlive), _) => writeln!(text, "  keep-alive")?,
+        (Some(Segment::KeepAliveAck), _) => writeln!(text, "  keep-alive ack")?,
+        (Some(Segment::DupAck), Some(times)) => writeln!(text, "  dup ack {times}")?,
+        (Some(Segment::DupAck), None) => writeln!(text, "  dup ack, not counted")?,
+        (Some(Segment::Ack), _) => writeln!(text, "  ack")?,
+        (None, _) => {}
     }
     if trace.certainty == Joint::Order {
         writeln!(text, "  which of several alike, their order decided")?;

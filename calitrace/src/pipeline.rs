@@ -21,6 +21,7 @@ const TICK: u64 = 10_000_000;
 /// The way from items to sinks.
 pub struct Pipeline {
     correlator: Option<Correlator>,
+    max_open: usize,
     filter: Filter,
     remaining: Option<u64>,
     sinks: Vec<Box<dyn Sink>>,
@@ -35,6 +36,7 @@ impl Pipeline {
     pub fn new(filter: Filter, count: Option<u64>, sinks: Vec<Box<dyn Sink>>) -> Self {
         Self {
             correlator: None,
+            max_open: Config::MAX_OPEN,
             filter,
             remaining: count,
             sinks,
@@ -42,6 +44,12 @@ impl Pipeline {
             now: 0,
             ticked: 0,
         }
+    }
+
+    /// With room for so many open packet traces; see [`Config::max_open`].
+    #[must_use]
+    pub fn with_max_open(self, max_open: usize) -> Self {
+        Self { max_open, ..self }
     }
 
     /// Takes the next item, the header first. Breaks as soon as the count is reached; what the source hands on after
@@ -54,7 +62,7 @@ impl Pipeline {
             Item::Header(header) => {
                 self.correlator = Some(Correlator::new(Config {
                     drain_period: header.drain_period,
-                    ..Config::default()
+                    max_open: self.max_open,
                 }));
             }
             Item::Ledger(ledger) => {

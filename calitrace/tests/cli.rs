@@ -209,6 +209,15 @@ fn help_of_watch() {
       -c, --count <COUNT>
               Stop after so many packets that match the filter
 
+          --max-open <COUNT>
+              Packet traces that may be open at once
+
+              One takes about 1 KiB and is open for up to two seconds. Where more packets are under way,
+              the oldest traces are closed before their time, with the verdict unknown, and counted
+              (`evicted` in the ledger).
+
+              [default: 200000]
+
           --duration <TIME>
               Stop after this time (10s, 2m, 1h)
 
@@ -298,9 +307,10 @@ fn short_help_of_read() {
           --dropped           Dropped packets only
 
     Output:
-      -o, --output <FORM>  Form of the output: text, json or traceroute [default: text]
-      -w, --write <FILE>   Write all that is observed to a file; may be repeated
-      -c, --count <COUNT>  Stop after so many packets that match the filter
+      -o, --output <FORM>     Form of the output: text, json or traceroute [default: text]
+      -w, --write <FILE>      Write all that is observed to a file; may be repeated
+      -c, --count <COUNT>     Stop after so many packets that match the filter
+          --max-open <COUNT>  Packet traces that may be open at once [default: 200000]
 
     Examples:
       calitrace read capture.jsonl
@@ -332,13 +342,15 @@ fn every_verb_explains_itself() {
 
 #[test]
 fn what_makes_no_sense_is_a_usage_error() {
-    let cases: [&[&str]; 16] = [
+    let cases: [&[&str]; 18] = [
         &[],
         &["trace"],
         &["read"],
         &["watch", "--nonsense"],
         &["watch", "-o", "xml"],
         &["watch", "-c", "0"],
+        &["watch", "--max-open", "0"],
+        &["read", "--max-open", "many", "capture.jsonl"],
         &["watch", "--duration", "10"],
         &["watch", "--duration", "0s"],
         &["watch", "--ring-size", "3MiB"],
@@ -368,6 +380,49 @@ fn an_unknown_ending_is_told_the_known_ones() {
     assert_eq!(run.code, 2);
     insta::assert_snapshot!(run.stderr, @r#"
     error: invalid value 'capture.csv' for '--write <FILE>': the ending tells the format, and the known ones are: .jsonl
+
+    For more information, try '--help'.
+    "#);
+}
+
+#[test]
+fn too_many_open_traces_are_counted_and_the_way_out_is_told() {
+    let logs = Logs::new();
+    // Three packets of one connection under way at once, and a ledger after them.
+    let path = logs.scenario("tcp-out-of-order");
+    let ledger = Item::Ledger(Ledger {
+        time: u64::MAX,
+        exact: true,
+        rows: Vec::new(),
+        evicted: 0,
+    });
+    let ledger = serde_json::to_string(&ledger).unwrap();
+    let log = fs::read_to_string(&path).unwrap();
+    let mut lines: Vec<&str> = log.lines().collect();
+    let end = lines.iter().position(|line| line.contains(r#""type":"end""#));
+    lines.insert(end.unwrap(), &ledger);
+    let log = lines.join("\n");
+    fs::write(&path, log).unwrap();
+    let read = |more: &[&str]| logs.read(&[&["read", "tcp-out-of-order.jsonl"], more].concat());
+    let evicted = |run: &Run| -> u64 {
+        assert_eq!(run.code, 0, "{}", run.stderr);
+        let last: serde_json::Value = serde_json::from_str(run.stdout.lines().last().unwrap()).unwrap();
+        assert_eq!(last["type"], "ledger", "{last}");
+        last["evicted"].as_u64().unwrap()
+    };
+    assert_eq!(evicted(&read(&["-o", "json"])), 0);
+    let few = read(&["-o", "json", "--max-open", "1"]);
+    assert!(evicted(&few) > 0, "{}", few.stdout);
+    assert!(few.stdout.contains(r#""verdict":"unknown""#), "{}", few.stdout);
+    let text = read(&["--max-open", "1"]).stdout;
+    assert!(
+        text.contains("closed before their time (try a larger --max-open)"),
+        "{text}"
+    );
+    let wrong = read(&["--max-open", "1e6"]);
+    assert_eq!(wrong.code, 2);
+    insta::assert_snapshot!(wrong.stderr, @r#"
+    error: invalid value '1e6' for '--max-open <COUNT>': expected a number from 1 to 100000000
 
     For more information, try '--help'.
     "#);

@@ -10,6 +10,7 @@ use super::{
     plan::{self, OutputFile, Plan},
 };
 use crate::{
+    correlate::Config,
     filter::{End, Filter, PodName, Protocol},
     kernel::Probes,
     sink::{FileFormat, Format},
@@ -233,6 +234,12 @@ struct OutputArgs {
     /// Stop after so many packets that match the filter
     #[arg(short, long)]
     count: Option<NonZeroU64>,
+    /// Packet traces that may be open at once
+    ///
+    /// One takes about 1 KiB and is open for up to two seconds. Where more packets are under way, the oldest traces are
+    /// closed before their time, with the verdict unknown, and counted (`evicted` in the ledger).
+    #[arg(long, value_name = "COUNT", default_value_t = Config::MAX_OPEN, value_parser = max_open)]
+    max_open: usize,
 }
 
 #[derive(Debug, Args)]
@@ -352,6 +359,7 @@ fn view(filter: FilterArgs, output: OutputArgs) -> plan::View {
         },
         files: output.write,
         count: output.count,
+        max_open: output.max_open,
     }
 }
 
@@ -378,6 +386,15 @@ fn duration(text: &str) -> Result<Duration, String> {
         Err(error) => Err(format!(
             "{error}; expected a number with its unit, for example 10s, 2m or 1h"
         )),
+    }
+}
+
+fn max_open(text: &str) -> Result<usize, String> {
+    /// Some 100 GiB of them.
+    const MOST: usize = 100_000_000;
+    match text.parse() {
+        Ok(count) if (1..=MOST).contains(&count) => Ok(count),
+        _ => Err(format!("expected a number from 1 to {MOST}")),
     }
 }
 
@@ -440,7 +457,7 @@ mod tests {
     #[test]
     fn a_whole_command_line_becomes_a_plan() {
         let line = "calitrace watch --pod default/web-0 --from 10.0.0.7 --to 10.244.3.9/16 --proto udp --port 53 \
-                    --dropped -o json -w a.jsonl -c 3 --duration 2m --netns 17 --node n1 --no-wait -vv";
+                    --dropped -o json -w a.jsonl -c 3 --max-open 5000 --duration 2m --netns 17 --node n1 --no-wait -vv";
         let Ok(Parsed::Plan(plan)) = parse(line.split_whitespace().map(OsString::from)) else {
             panic!("{line}")
         };
@@ -454,6 +471,7 @@ mod tests {
         assert_eq!(watch.view.format, Format::Json);
         assert_eq!(watch.view.files, ["a.jsonl".parse().unwrap()]);
         assert_eq!(watch.view.count, NonZeroU64::new(3));
+        assert_eq!(watch.view.max_open, 5000);
         assert_eq!(watch.duration, Some(Duration::from_mins(2)));
         assert_eq!(
             (watch.nodes.netns, watch.nodes.names),

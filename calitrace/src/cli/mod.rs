@@ -66,11 +66,8 @@ fn open(view: &plan::View, live: bool) -> Result<Pipeline> {
     for file in &view.files {
         sinks.push(file.format.sink(Output::create(&file.path)?));
     }
-    Ok(Pipeline::new(
-        view.filter.clone(),
-        view.count.map(Into::into),
-        sinks,
-    ))
+    let pipeline = Pipeline::new(view.filter.clone(), view.count.map(Into::into), sinks);
+    Ok(pipeline.with_max_open(view.max_open))
 }
 
 /// The terminal that standard output is, if it is one.

@@ -139,6 +139,8 @@ pub struct View {
     pub files: Vec<OutputFile>,
     /// Stop after so many packet traces.
     pub count: Option<NonZeroU64>,
+    /// Packet traces that may be open at once, at least one.
+    pub max_open: usize,
 }
 
 /// A file to write.

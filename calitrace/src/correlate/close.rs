@@ -1,8 +1,10 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, NatStep, PacketTrace, SightedEncap, Sighting,
-    Verdict, hops, key,
+    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, NatStep, PacketTrace, Segment, SightedEncap,
+    Sighting, Verdict,
+    again::Sent,
+    hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
     underlay, verdict, waypoint,
@@ -35,7 +37,21 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
         length: open.packet.length,
         verdict,
         certainty: certainty(open, topology, now),
-        retransmit: open.retransmit,
+        retransmit: match open.sent {
+            Sent::Again(times) => Some(times),
+            _ => None,
+        },
+        segment: match open.sent {
+            Sent::Ordinary | Sent::Again(_) => None,
+            Sent::KeepAlive => Some(Segment::KeepAlive),
+            Sent::KeepAliveAck => Some(Segment::KeepAliveAck),
+            Sent::DuplicateAck(_) => Some(Segment::DupAck),
+            Sent::Ack => Some(Segment::Ack),
+        },
+        dup_ack: match open.sent {
+            Sent::DuplicateAck(times) => Some(times),
+            _ => None,
+        },
         drop: drop_report(open, topology),
         answer: open.answered.as_ref().map(|answered| Answer {
             kind: answered.kind,

@@ -29,7 +29,7 @@ mod waypoint;
 
 use thin_vec::ThinVec;
 
-use again::Again;
+use again::{Again, Sent};
 pub use clocks::{Crossings, Offset};
 use join::Sight;
 use nat::Translations;
@@ -39,7 +39,7 @@ use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
     Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, Name, NatKind,
-    NatStep, PacketTrace, SightedEncap, Sighting, Verdict,
+    NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};
@@ -53,12 +53,17 @@ pub struct Config {
     pub max_open: usize,
 }
 
+impl Config {
+    /// Room for what 100,000 packets a second leave open in two seconds.
+    pub const MAX_OPEN: usize = 200_000;
+}
+
 impl Default for Config {
-    /// In order of time, and with room for what 100,000 packets a second leave open in two seconds.
+    /// In order of time, and with [`Self::MAX_OPEN`].
     fn default() -> Self {
         Self {
             drain_period: 0,
-            max_open: 200_000,
+            max_open: Self::MAX_OPEN,
         }
     }
 }
@@ -241,12 +246,15 @@ impl Correlator {
         let cluster = sight.place.cluster;
         let answers = answer::find(&self.open, cluster, &observation.packet, &sight.flow);
         let pod_sends = observation.hook == Hook::WorkloadIngress;
-        let retransmit = pod_sends
-            .then(|| self.again.sent(cluster, &sight.flow, &observation.packet))
-            .flatten();
+        let sent = if pod_sends {
+            let back = self.translations.back(cluster, &sight.flow);
+            self.again.sent(cluster, &sight.flow, &back, &observation.packet)
+        } else {
+            Sent::Ordinary
+        };
         let index = self.open.insert(Open {
             cluster,
-            retransmit,
+            sent,
             packet: observation.packet.clone(),
             part: sight.part,
             flow: sight.flow,

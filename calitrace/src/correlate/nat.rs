@@ -79,6 +79,11 @@ impl Translations {
             .or_else(|| self.older.get(&(cluster, *before)))
     }
 
+    /// The flow of what comes back, as its sender writes it, as far as translations were seen.
+    pub(super) fn back(&self, cluster: u32, flow: &Flow) -> Flow {
+        key::reverse(self.reverse(cluster, flow).unwrap_or(flow))
+    }
+
     /// A translation was seen: the answers will be translated back.
     pub(super) fn remember(&mut self, cluster: u32, before: &Flow, after: &Flow) {
         if self.recent.len() >= REMEMBERED {

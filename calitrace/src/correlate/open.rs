@@ -9,6 +9,7 @@ use thin_vec::ThinVec;
 
 use super::{
     AnswerKind, Endpoint, Joint, NatKind,
+    again::Sent,
     key::{self, Part},
     timers::Hold,
     underlay::Swallowed,
@@ -114,8 +115,8 @@ pub(super) struct Open {
     pub(super) swallowed: Option<Box<Swallowed>>,
     /// The trace that this packet answers.
     pub(super) answers: Option<Id>,
-    /// Which retransmission it is.
-    pub(super) retransmit: Option<u32>,
+    /// What it is beside new data, where a pod sent it.
+    pub(super) sent: Sent,
     /// Packets to come may be this one: it is in the index by content.
     pub(super) findable: bool,
     /// Another one with the same content was under way at the same time.

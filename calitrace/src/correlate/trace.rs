@@ -55,6 +55,10 @@ pub struct PacketTrace {
     pub certainty: Joint,
     /// How often its first byte had been sent before, of TCP seen where a pod sent it; null for what is sent for the first time.
     pub retransmit: Option<u32>,
+    /// What a TCP segment without new data is, seen where a pod sent it; null for all else.
+    pub segment: Option<Segment>,
+    /// Of a duplicate acknowledgement: the how manieth it is.
+    pub dup_ack: Option<u32>,
     /// Set when the kernel freed it as a drop (verdicts dropped, expired, and rejected where seen).
     pub drop: Option<DropReport>,
     /// Who answered, for expired and rejected packets, echo requests and handshakes.
@@ -84,6 +88,20 @@ pub struct PacketTrace {
     /// The packet as first observed.
     #[serde(skip)]
     pub packet: Packet,
+}
+
+/// A TCP segment without new data, in Wireshark's terms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Segment {
+    /// One sequence number before what is to come: asks whether the other end is there.
+    KeepAlive,
+    /// The answer to that.
+    KeepAliveAck,
+    /// Acknowledges the same once more, with the same window, while data is missing (RFC 5681 2).
+    DupAck,
+    /// Another acknowledgement without data.
+    Ack,
 }
 
 /// A flow with the names of its ends.

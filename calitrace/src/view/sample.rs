@@ -52,6 +52,8 @@ pub(crate) fn delivered(start: u64, transport: Transport) -> PacketTrace {
         verdict: Verdict::Delivered,
         certainty: Joint::Content,
         retransmit: None,
+        segment: None,
+        dup_ack: None,
         drop: None,
         answer: None,
         nat: Vec::new(),

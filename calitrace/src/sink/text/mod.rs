@@ -33,6 +33,7 @@ pub(super) struct Text<W> {
     due: Vec<Block>,
     begun: bool,
     lost: u64,
+    evicted: u64,
 }
 
 impl<W: Write> Text<W> {
@@ -44,6 +45,7 @@ impl<W: Write> Text<W> {
             due: Vec::new(),
             begun: false,
             lost: 0,
+            evicted: 0,
         }
     }
 
@@ -83,6 +85,10 @@ impl<W: Write + Send> Sink for Text<W> {
             self.lost = ledger.lost();
             self.write(&[row])?;
         }
+        if let Some(row) = render::evictions(ledger).filter(|_| ledger.evicted > self.evicted) {
+            self.evicted = ledger.evicted;
+            self.write(&[row])?;
+        }
         Ok(())
     }
 
@@ -99,7 +105,7 @@ pub(super) struct Live<W> {
     screen: screen::Screen<W>,
     views: Views,
     due: Vec<Block>,
-    losses: Option<Row>,
+    losses: Vec<Row>,
     drawn: u64,
     changed: bool,
 }
@@ -113,7 +119,7 @@ impl<W: Write> Live<W> {
             screen: screen::Screen::new(output, terminal),
             views: Views::default(),
             due: Vec::new(),
-            losses: None,
+            losses: Vec::new(),
             drawn: 0,
             changed: false,
         }
@@ -127,7 +133,7 @@ impl<W: Write> Live<W> {
         self.due.clear();
         let (flows, all) = self.views.latest(self.screen.rows());
         let blocks = flows.iter().map(render::block);
-        self.screen.draw(&above, blocks, all, self.losses.as_ref())
+        self.screen.draw(&above, blocks, all, &self.losses)
     }
 }
 
@@ -150,8 +156,10 @@ impl<W: Write + Send> Sink for Live<W> {
     }
 
     fn ledger(&mut self, ledger: &Ledger) -> io::Result<()> {
-        self.losses = render::losses(ledger);
-        self.changed |= self.losses.is_some();
+        self.losses.clear();
+        self.losses.extend(render::losses(ledger));
+        self.losses.extend(render::evictions(ledger));
+        self.changed |= !self.losses.is_empty();
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::{super::traceroute, sentence};
 use crate::{
-    correlate::{Certainty, Joint, NatKind, NatStep, PacketTrace},
+    correlate::{Certainty, Joint, NatKind, NatStep, PacketTrace, Segment},
     event::{EncapKind, Ledger, Transport, has_ports, protocol_name},
     view::{Block, Kind, Line, Step},
 };
@@ -129,6 +129,17 @@ pub(super) fn losses(ledger: &Ledger) -> Option<Row> {
     })
 }
 
+/// What the ledger says of packet traces that there was no room for, if there were any.
+pub(super) fn evictions(ledger: &Ledger) -> Option<Row> {
+    let evicted = ledger.evicted;
+    (evicted > 0).then(|| {
+        row(
+            Look::Alarm,
+            format!("! {evicted} packet traces were closed before their time (try a larger --max-open)"),
+        )
+    })
+}
+
 /// A row, made harmless: names come from other machines and files, and a terminal obeys what it prints.
 pub(super) fn row(look: Look, text: String) -> Row {
     let text = if text.chars().any(char::is_control) {
@@ -235,9 +246,15 @@ fn what(packet: &PacketTrace) -> String {
         Transport::Echo { reply: true, .. } => format!("{name} echo reply"),
         Transport::IcmpError { icmp_type, code, .. } => format!("{name} error {icmp_type}/{code}"),
         Transport::Icmp { icmp_type, .. } => format!("{name} type {icmp_type}"),
-        _ => match packet.retransmit {
-            Some(times) => format!("{name} retransmit {times}"),
-            None => name,
+        _ => match (packet.retransmit, packet.segment) {
+            (Some(times), _) => format!("{name} retransmit {times}"),
+            (None, Some(Segment::KeepAlive)) => format!("{name} keep-alive"),
+            (None, Some(Segment::KeepAliveAck)) => format!("{name} keep-alive ack"),
+            (None, Some(Segment::DupAck)) => {
+                format!("{name} dup ack {}", packet.dup_ack.unwrap_or(1))
+            }
+            (None, Some(Segment::Ack)) => format!("{name} ack"),
+            (None, None) => name,
         },
     }
 }

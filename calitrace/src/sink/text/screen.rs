@@ -50,13 +50,13 @@ impl<W: Write> Screen<W> {
         above: &[Vec<Row>],
         blocks: impl Iterator<Item = Vec<Row>>,
         all: usize,
-        losses: Option<&Row>,
+        losses: &[Row],
     ) -> io::Result<()> {
         let (columns, rows) = self.size();
         let mut frame: Vec<Row> = Vec::new();
         let mut shown = 0;
-        // A line for the rest, one for losses, and one for the cursor.
-        let most = rows.saturating_sub(3).max(1);
+        // A line for the rest, one or two for losses, and one for the cursor.
+        let most = rows.saturating_sub(2 + losses.len().max(1)).max(1);
         for block in blocks {
             let block: Vec<Row> = block.iter().flat_map(|row| row.wrapped(columns)).collect();
             let gap = usize::from(shown > 0);
@@ -71,7 +71,7 @@ impl<W: Write> Screen<W> {
         if all > shown {
             frame.push(row(Look::Faint, format!("and {} more flows", all - shown)));
         }
-        frame.extend(losses.into_iter().flat_map(|row| row.wrapped(columns)));
+        frame.extend(losses.iter().flat_map(|row| row.wrapped(columns)));
         let mut text = match self.drawn {
             0 => String::new(),
             // Up to where the last frame began; clear from there.

@@ -11,7 +11,7 @@ use super::{
     render::{Look, row},
 };
 use crate::{
-    correlate::{Certainty, Endpoint, NatKind, NatStep, PacketTrace, Verdict},
+    correlate::{Certainty, Endpoint, NatKind, NatStep, PacketTrace, Segment, Verdict},
     event::{Ledger, LedgerRow, Transport},
     view::sample,
 };
@@ -119,6 +119,31 @@ fn a_retransmission_is_called_one() {
     again.retransmit = Some(2);
     let text = printed([again]);
     assert!(text.contains("   TCP retransmit 2   1 packet"), "{text}");
+}
+
+#[test]
+fn a_segment_without_data_is_called_what_it_is() {
+    let transport = Transport::Tcp {
+        src_port: 40_000,
+        dst_port: 80,
+        seq: 1,
+        ack: 1,
+        flags: 16,
+        window: 500,
+        tsval: None,
+        payload: 0,
+    };
+    for (segment, dup_ack, title) in [
+        (Segment::KeepAlive, None, "TCP keep-alive"),
+        (Segment::KeepAliveAck, None, "TCP keep-alive ack"),
+        (Segment::DupAck, Some(3), "TCP dup ack 3"),
+        (Segment::Ack, None, "TCP ack"),
+    ] {
+        let mut trace = sample::delivered(0, transport.clone());
+        (trace.segment, trace.dup_ack) = (Some(segment), dup_ack);
+        let text = printed([trace]);
+        assert!(text.contains(&format!("   {title}   1 packet")), "{text}");
+    }
 }
 
 #[test]
