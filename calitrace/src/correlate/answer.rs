@@ -29,7 +29,8 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
             let (kind, icmp_type, code) = of_icmp(packet)?;
             let (flow, tag) = key::of_quoted(quoted);
             let whole = |trace: &Open| {
-                trace.part.tag() == tag && (trace.packet.gso_segs > 1 || trace.packet.length == quoted.length)
+                trace.part.tags().any(|own| own == tag)
+                    && (trace.packet.gso_segs > 1 || trace.packet.length == quoted.length)
             };
             let index = first(open, cluster, &flow, tag, whole)?;
             Some(Match {
@@ -91,7 +92,10 @@ pub(super) fn of_tunnelled(open: &OpenTraces, place: Place, packet: &Packet) -> 
             seen.node == place.node && seen.hook == Hook::UplinkEgress && carried
         };
         let whole = trace.packet.gso_segs > 1 || trace.packet.length == quoted.length;
-        trace.part.tag() == tag && whole && trace.swallowed.is_none() && trace.seen.iter().any(is_end)
+        trace.part.tags().any(|own| own == tag)
+            && whole
+            && trace.swallowed.is_none()
+            && trace.seen.iter().any(is_end)
     };
     Some(Match {
         index: first(open, place.cluster, &flow, tag, left)?,

@@ -10,6 +10,7 @@ use super::{
     key::{self, Part},
     nat::Translations,
     open::{Open, OpenTraces, Seen, WINDOW},
+    segments,
     timers::MILLISECOND,
     topology::{NO_CLUSTER, Place, Topology},
 };
@@ -27,16 +28,20 @@ pub(super) struct Sight<'a> {
     pub(super) place: Place,
     pub(super) flow: Flow,
     pub(super) part: Part,
+    /// Which part of its packet it is: what the part says, or, where that does not, what it was found to be.
+    pub(super) interval: (u32, u32),
 }
 
 impl<'a> Sight<'a> {
     pub(super) fn new(observation: &'a Observation, place: Place) -> Self {
         let packet = &observation.packet;
+        let part = Part::of(packet);
         Self {
             observation,
             place,
             flow: packet.flow(),
-            part: Part::of(packet),
+            part,
+            interval: part.interval(),
         }
     }
 
@@ -50,7 +55,7 @@ impl<'a> Sight<'a> {
             node: self.place.node,
             ifindex: observation.ifindex,
             length: observation.packet.length,
-            interval: self.part.interval(),
+            interval: self.interval,
             hook: observation.hook,
             ttl: observation.packet.ttl,
             in_pod: self.place.in_pod,
@@ -86,7 +91,7 @@ impl Found {
 
 /// Finds it. When the flow of the last sighting was another one, the observation shows a translation.
 pub(super) fn find(
-    sight: &Sight<'_>,
+    sight: &mut Sight<'_>,
     open: &OpenTraces,
     topology: &Topology,
     translations: &Translations,
@@ -97,18 +102,19 @@ pub(super) fn find(
         return found;
     }
     let mut flow = sight.flow;
+    if let Some((index, interval, joint)) = segments::unnumbered(sight, open, sight.place.cluster) {
+        sight.interval = interval;
+        found.traces.push((index, joint));
+        return found;
+    }
     if let Some(index) = open.by_skb(sight.place.node, sight.observation.skb)
         && by_skb(sight, open.get(index), topology, translations)
     {
         let trace = open.get(index);
-        flow = *trace.flow_at(trace.last_of(sight.part.interval()));
+        flow = *trace.flow_at(trace.last_of(sight.interval));
         found.traces.push((index, Joint::Skb));
     }
-    if sight.part.is_stream() {
-        by_interval(sight, open, sight.place.cluster, &flow, &mut found);
-    } else if found.traces.is_empty() {
-        found = by_content(sight, open, sight.place.cluster);
-    }
+    by_packet(sight, open, sight.place.cluster, &flow, &mut found);
     if found.traces.is_empty() && sight.place.cluster == NO_CLUSTER {
         found = elsewhere(sight, open, topology);
     }
@@ -117,7 +123,7 @@ pub(super) fn find(
 
 /// Within a node: the same `sk_buff`, checked by content.
 fn by_skb(sight: &Sight<'_>, trace: &Open, topology: &Topology, translations: &Translations) -> bool {
-    let last = trace.last_of(sight.part.interval());
+    let last = trace.last_of(sight.interval);
     if sight.observation.time > last.time + LIFE
         || last.node != sight.place.node
         || !follows(last, sight)
@@ -131,9 +137,24 @@ fn by_skb(sight: &Sight<'_>, trace: &Open, topology: &Topology, translations: &T
     }
     // Translated between ingress and egress, or dropped in between.
     last.is_ingress()
-        && last.interval == sight.part.interval()
+        && last.interval == sight.interval
         && trace.part.matches(&sight.part, true)
-        && translations.is_one(topology, trace.cluster, sight.place.node, before, &sight.flow)
+        && (translations.is_one(topology, trace.cluster, sight.place.node, before, &sight.flow)
+            || matches!(sight.part, Part::Fragment { ip_id, offset, .. } if offset > 0
+                && translations.goes_on(sight.place.node, ip_id, before, &sight.flow)))
+}
+
+/// Without an `sk_buff` that tells, or where that tells of a part only.
+fn by_packet(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, found: &mut Found) {
+    if sight.part.is_stream() {
+        return by_interval(sight, open, cluster, flow, found);
+    }
+    if found.traces.is_empty() {
+        *found = by_content(sight, open, cluster);
+    }
+    if segments::are_numbered(sight) && (found.traces.is_empty() || sight.part.datagrams() > 1) {
+        by_interval(sight, open, cluster, flow, found);
+    }
 }
 
 /// The same content, the oldest first: packets of a flow keep their order. One that was seen to leave comes before one
@@ -162,9 +183,10 @@ fn by_content(sight: &Sight<'_>, open: &OpenTraces, cluster: u32) -> Found {
     Found::by_content(left.or(missed), rival.or(left.and(missed)))
 }
 
-/// TCP data: bytes in common, each byte once. Of packets with the same bytes the one whose IP id it has, else the oldest.
+/// TCP data: bytes in common, each byte once. Of packets with the same bytes the one whose IP id it has, else the oldest. UDP:
+/// datagrams in common, by their IP ids.
 fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, found: &mut Found) {
-    let (seq, len) = sight.part.interval();
+    let (seq, len) = sight.interval;
     let interval = |index: u32| open.get(index).part.interval();
     let mut taken: SmallVec<[(u32, u32); 8]> =
         found.traces.iter().map(|(index, _)| interval(*index)).collect();
@@ -175,13 +197,17 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
     if common >= len {
         return;
     }
-    let mut candidates = open.by_interval(cluster, flow, &sight.part);
+    let mut candidates = if sight.part.is_stream() {
+        open.by_interval(cluster, flow, &sight.part)
+    } else {
+        open.by_datagrams(cluster, flow, &sight.part)
+    };
     candidates.retain(|index| {
         if found.traces.iter().any(|(known, _)| known == index) {
             return false;
         }
         let trace = open.get(*index);
-        let same_flow = trace.flow_at(trace.last_of(sight.part.interval())) == flow;
+        let same_flow = trace.flow_at(trace.last_of(sight.interval)) == flow;
         same_flow && trace.part.matches(&sight.part, false) && may_be(sight, trace)
     });
     let fits = |index: &u32| has_id(sight, open.get(*index));
@@ -208,14 +234,19 @@ fn by_interval(sight: &Sight<'_>, open: &OpenTraces, cluster: u32, flow: &Flow, 
 
 /// Whether what has the trace's content has its number, too.
 pub(super) fn is_numbered_alike(sight: &Sight<'_>, trace: &Open) -> bool {
-    !sight.part.is_stream() || has_id(sight, trace)
+    let is_cut = sight.part.datagrams().max(trace.part.datagrams()) > 1;
+    !(sight.part.is_stream() || is_cut) || has_id(sight, trace)
 }
 
 /// Whether a segment has the IP id that it would have as a piece of the trace's packet: segments are numbered from the id of
 /// what they were cut from (`inet_gso_segment`, `net/ipv4/af_inet.c`, 6.1), and of merged ones the first one's stays.
 fn has_id(sight: &Sight<'_>, trace: &Open) -> bool {
     let (packet, whole) = (&sight.observation.packet, &trace.packet);
-    let offset = sight.part.interval().0.wrapping_sub(trace.part.interval().0);
+    if !sight.part.is_stream() {
+        // They were found by it. Segments of a super-packet without one are numbered from 0 on.
+        return whole.ip_id != 0;
+    }
+    let offset = sight.interval.0.wrapping_sub(trace.part.interval().0);
     let segment = match (offset, u32::from(whole.gso_size)) {
         (0, _) => 0,
         (offset, size) if size > 0 && offset < trace.part.interval().1 => offset / size,
@@ -243,13 +274,10 @@ fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology) -> Found
         .extend(nodes.filter_map(same).map(|index| (index, Joint::Skb)));
     if found.traces.is_empty() {
         for cluster in topology.clusters() {
-            if sight.part.is_stream() {
-                by_interval(sight, open, *cluster, &sight.flow, &mut found);
-            } else {
-                let own = by_content(sight, open, *cluster);
-                found.traces.extend(own.traces);
-                found.rival = found.rival.or(own.rival);
-            }
+            let mut own = Found::default();
+            by_packet(sight, open, *cluster, &sight.flow, &mut own);
+            found.traces.extend(own.traces);
+            found.rival = found.rival.or(own.rival);
         }
     }
     let mut clusters = found.traces.iter().map(|(index, _)| open.get(*index).cluster);
@@ -263,7 +291,7 @@ fn elsewhere(sight: &Sight<'_>, open: &OpenTraces, topology: &Topology) -> Found
 /// Whether the drop of an `sk_buff` that was last seen on `node` is a drop of the trace's packet.
 fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
     let observation = sight.observation;
-    let last = trace.last_of(sight.part.interval());
+    let last = trace.last_of(sight.interval);
     let life = match last.hook {
         Hook::WorkloadEgress => LATE_DROP,
         Hook::TunnelEgress | Hook::UplinkEgress | Hook::KfreeSkb => return false,
@@ -279,7 +307,7 @@ fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
 
 /// Whether what has the same content can be the same packet.
 fn may_be(sight: &Sight<'_>, trace: &Open) -> bool {
-    let last = trace.last_of(sight.part.interval());
+    let last = trace.last_of(sight.interval);
     if sight.observation.time > trace.first().time + WINDOW || !follows(last, sight) {
         return false;
     }
@@ -288,10 +316,11 @@ fn may_be(sight: &Sight<'_>, trace: &Open) -> bool {
         || last.skb == 0
         || sight.observation.skb == 0
         || matches!(sight.part, Part::TcpData { .. } | Part::Fragment { .. })
+        || sight.part.datagrams().max(trace.part.datagrams()) > 1
 }
 
 /// Whether a packet last seen at `last` can be next where `sight` is.
-fn follows(last: &Seen, sight: &Sight<'_>) -> bool {
+pub(super) fn follows(last: &Seen, sight: &Sight<'_>) -> bool {
     let observation = sight.observation;
     if observation.packet.ttl > last.ttl || last.hook == Hook::KfreeSkb {
         return false;

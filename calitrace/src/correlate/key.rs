@@ -16,6 +16,11 @@ const FIN: u8 = 1;
 const SYN: u8 = 2;
 const RST: u8 = 4;
 
+/// A datagram's share of a sequence interval: IP ids have 16 bits.
+const DATAGRAM: u32 = 1 << 16;
+/// No super-packet has more datagrams (`UDP_MAX_SEGMENTS`, include/linux/udp.h, 6.9; before 64).
+const MOST_SEGMENTS: u32 = 128;
+
 /// The part of a packet that forwarding and NAT leave alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Part {
@@ -32,6 +37,14 @@ pub(super) enum Part {
     },
     /// UDP.
     Udp { ip_id: u32, payload: u32, digest: u64 },
+    /// A UDP super-packet: datagrams of `size` bytes in one `sk_buff`, the last may be shorter. Cut, each is one of its own
+    /// (UDP GSO), and others are merged to one (GRO); so it goes by the IP ids that the datagrams have.
+    UdpSegments {
+        ip_id: u32,
+        size: u32,
+        payload: u32,
+        digest: u64,
+    },
     /// Echo request or reply. NAT may change `id`.
     Echo {
         reply: bool,
@@ -101,10 +114,20 @@ impl Part {
                 tsval,
                 ip_id,
             },
-            Transport::Udp { payload, .. } => Self::Udp {
-                ip_id,
-                payload,
-                digest,
+            Transport::Udp { payload, .. } => match u32::from(packet.gso_size) {
+                size if size > 0 && size < payload && payload.div_ceil(size) <= MOST_SEGMENTS => {
+                    Self::UdpSegments {
+                        ip_id,
+                        size,
+                        payload,
+                        digest,
+                    }
+                }
+                _ => Self::Udp {
+                    ip_id,
+                    payload,
+                    digest,
+                },
             },
             Transport::Echo { reply, id, seq } => Self::Echo {
                 reply,
@@ -149,8 +172,8 @@ impl Part {
         }
     }
 
-    /// Whether both can be of one packet: equal, or TCP data with bytes in common. With `translated`, an echo's
-    /// identifier may differ.
+    /// Whether both can be of one packet: equal, or TCP data with bytes, or UDP with datagrams in common. With
+    /// `translated`, an echo's identifier may differ.
     pub(super) fn matches(&self, other: &Self, translated: bool) -> bool {
         match (*self, *other) {
             (
@@ -182,14 +205,19 @@ impl Part {
                     ..
                 },
             ) if translated => (reply, seq, ip_id, digest) == (r, s, i, d),
+            (one @ Self::UdpSegments { .. }, two @ (Self::Udp { .. } | Self::UdpSegments { .. }))
+            | (one @ Self::Udp { .. }, two @ Self::UdpSegments { .. }) => one.has_datagrams_of(&two),
             (one, two) => one == two,
         }
     }
 
-    /// The sequence interval: of anything but TCP data the empty one.
+    /// The sequence interval: of TCP data the bytes; of UDP the datagrams, [`DATAGRAM`] for each, from the IP id on, so that
+    /// both kinds of numbers wrap where 32 bits do. Of anything else the empty one.
     pub(super) fn interval(&self) -> (u32, u32) {
         match *self {
             Self::TcpData { seq, payload, .. } => (seq, payload),
+            Self::Udp { ip_id, .. } => (ip_id.wrapping_mul(DATAGRAM), DATAGRAM),
+            Self::UdpSegments { ip_id, .. } => (ip_id.wrapping_mul(DATAGRAM), self.datagrams() * DATAGRAM),
             _ => (0, 0),
         }
     }
@@ -208,7 +236,7 @@ impl Part {
         packet.ip_id != 0 || matches!(self, Self::Echo { .. })
     }
 
-    /// Whether its sequence interval can be cut and merged on the way.
+    /// Whether it is found by its sequence interval, which can be cut and merged on the way.
     pub(super) fn is_stream(&self) -> bool {
         matches!(self, Self::TcpData { .. })
     }
@@ -222,8 +250,21 @@ impl Part {
             | Self::IcmpError { ip_id, .. }
             | Self::Icmp { ip_id, .. }
             | Self::Fragment { ip_id, .. }
+            | Self::UdpSegments { ip_id, .. }
             | Self::Other { ip_id, .. } => ip_id,
         }
+    }
+
+    /// All that an answer can name it by: of what is cut the pieces' tags, too.
+    pub(super) fn tags(&self) -> impl Iterator<Item = u32> + use<> {
+        let (first, is_cut) = (self.tag(), matches!(self, Self::UdpSegments { .. }));
+        (0..self.datagrams()).map(move |piece| {
+            if is_cut {
+                first.wrapping_add(piece) & 0xffff
+            } else {
+                first
+            }
+        })
     }
 }
 

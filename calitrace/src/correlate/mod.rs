@@ -18,6 +18,7 @@ mod open;
 mod order;
 #[cfg(test)]
 mod properties;
+mod segments;
 #[cfg(test)]
 mod streams;
 mod timers;
@@ -32,6 +33,7 @@ use thin_vec::ThinVec;
 use again::{Again, Sent};
 pub use clocks::{Crossings, Offset};
 use join::Sight;
+use key::Part;
 use nat::Translations;
 use open::{Answered, Id, Open, OpenTraces, Reached, Seen};
 use order::Order;
@@ -157,7 +159,7 @@ impl Correlator {
     }
 
     fn observe(&mut self, observation: &Observation, closed: &mut Vec<PacketTrace>) {
-        let sight = Sight::new(observation, self.topology.place(observation.netns));
+        let mut sight = Sight::new(observation, self.topology.place(observation.netns));
         if observation.hook.is_function() {
             return waypoint::take(&sight, &mut self.open, &mut self.translations);
         }
@@ -165,7 +167,7 @@ impl Correlator {
             self.swallowed(&sight);
             return;
         }
-        let found = join::find(&sight, &self.open, &self.topology, &self.translations);
+        let found = join::find(&mut sight, &self.open, &self.topology, &self.translations);
         if found.traces.is_empty() {
             // A drop of a packet that passed no hook: other people's traffic, what never left a pod, or the end of a
             // copy whose packet was told of already.
@@ -322,7 +324,7 @@ impl Correlator {
     /// The flow may have changed on the way. Says which of the trace's flows the sighting has.
     fn translate(&mut self, index: u32, sight: &Sight<'_>) -> u8 {
         let trace = self.open.get_mut(index);
-        let last = trace.last_of(sight.part.interval());
+        let last = trace.last_of(sight.interval);
         let (cluster, before) = (trace.cluster, *trace.flow_at(last));
         if before == sight.flow {
             return last.flow;
@@ -339,6 +341,10 @@ impl Correlator {
             &sight.flow,
         ));
         self.translations.remember(cluster, &before, &sight.flow);
+        if let Part::Fragment { ip_id, offset: 0, .. } = sight.part {
+            self.translations
+                .begin(sight.place.node, ip_id, &before, &sight.flow);
+        }
         self.open.translate(index, sight.flow);
         u8::try_from(self.open.get(index).translated.len()).unwrap_or(u8::MAX)
     }

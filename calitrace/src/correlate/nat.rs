@@ -23,6 +23,16 @@ pub(super) struct Translations {
     older: FxHashMap<(u32, Flow), Flow>,
     /// What the kernel said becomes of the packets of a flow on a node: the new destination, the new source.
     announced: FxHashMap<(Netns, Flow), [Option<IpAddr>; 2]>,
+    /// Source and destination that the first fragment of a datagram got on a node. Later ones have no ports to tell whose they
+    /// are, but go the same way.
+    fragmented: FxHashMap<(Netns, Datagram), (IpAddr, IpAddr)>,
+}
+
+/// Names a fragmented datagram (RFC 791, RFC 8200 4.5): protocol, source, destination, identification.
+type Datagram = (u8, IpAddr, IpAddr, u32);
+
+fn datagram(flow: &Flow, ip_id: u32) -> Datagram {
+    (flow.proto, flow.src, flow.dst, ip_id)
 }
 
 impl Translations {
@@ -71,6 +81,21 @@ impl Translations {
         (destination.is_some() || source.is_some() || later.is_some())
             && changed(before.dst, after.dst, destination)
             && changed(before.src, after.src, source.or(later))
+    }
+
+    /// The first fragment of a datagram was translated.
+    pub(super) fn begin(&mut self, node: Netns, ip_id: u32, before: &Flow, after: &Flow) {
+        if self.fragmented.len() >= REMEMBERED {
+            self.fragmented.clear();
+        }
+        self.fragmented
+            .insert((node, datagram(before, ip_id)), (after.src, after.dst));
+    }
+
+    /// Whether that is what becomes of a later fragment of the same datagram.
+    pub(super) fn goes_on(&self, node: Netns, ip_id: u32, before: &Flow, after: &Flow) -> bool {
+        let known = self.fragmented.get(&(node, datagram(before, ip_id)));
+        before.proto == after.proto && known == Some(&(after.src, after.dst))
     }
 
     fn reverse(&self, cluster: u32, before: &Flow) -> Option<&Flow> {

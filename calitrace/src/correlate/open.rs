@@ -34,7 +34,7 @@ pub(super) struct Seen {
     pub(super) node: Netns,
     pub(super) ifindex: u32,
     pub(super) length: u32,
-    /// Sequence interval of TCP data.
+    /// Sequence interval of TCP data and UDP.
     pub(super) interval: (u32, u32),
     pub(super) hook: Hook,
     pub(super) ttl: u8,
@@ -334,7 +334,9 @@ impl OpenTraces {
             }
             bucket.push(index);
         };
-        push(key::reference(cluster, flow, part.tag()));
+        for tag in part.tags() {
+            push(key::reference(cluster, flow, tag));
+        }
         if part.is_resettable() {
             push(key::stream(cluster, flow));
         }
@@ -360,11 +362,13 @@ impl OpenTraces {
             }
         }
         for flow in open.flows() {
-            take(
-                &mut self.references,
-                key::reference(open.cluster, flow, open.part.tag()),
-                index,
-            );
+            for tag in open.part.tags() {
+                take(
+                    &mut self.references,
+                    key::reference(open.cluster, flow, tag),
+                    index,
+                );
+            }
             if open.part.is_resettable() {
                 take(&mut self.references, key::stream(open.cluster, flow), index);
             }
@@ -412,6 +416,19 @@ impl OpenTraces {
         } else {
             collect(from, u32::MAX);
             collect(0, to);
+        }
+        found
+    }
+
+    /// Traces whose UDP has datagrams in common with `part`, by their numbers.
+    pub(super) fn by_datagrams(&self, cluster: u32, flow: &Flow, part: &Part) -> SmallVec<[u32; 8]> {
+        let mut found = SmallVec::new();
+        for tag in part.tags() {
+            for index in self.by_reference(cluster, flow, tag) {
+                if self.get(*index).findable && !found.contains(index) {
+                    found.push(*index);
+                }
+            }
         }
         found
     }

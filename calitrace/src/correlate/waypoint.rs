@@ -75,7 +75,7 @@ fn is_judgement(detail: Option<Detail>) -> bool {
 /// content. Addresses and ports may be translated already.
 fn belongs(sight: &Sight<'_>, trace: &Open) -> bool {
     let observation = sight.observation;
-    let last = trace.last_of(sight.part.interval());
+    let last = trace.last_of(sight.interval);
     let since = observation.time.saturating_sub(last.time);
     if last.node != sight.place.node || trace.cluster != sight.place.cluster || observation.time < last.time {
         return false;

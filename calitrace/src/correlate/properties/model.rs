@@ -52,6 +52,8 @@ pub(super) enum Kind {
     Echo,
     /// TCP with payload.
     Data,
+    /// UDP in super-packets.
+    Datagrams,
     /// TCP without.
     Ack,
     /// An ICMP error about something that is not traced.
@@ -90,13 +92,18 @@ pub(super) struct Sent {
     pub(super) fate: Fate,
     /// Nanoseconds after the beginning.
     pub(super) start: u64,
-    /// Bytes of TCP data.
+    /// Bytes of TCP data, and of UDP in super-packets.
     pub(super) payload: u32,
     /// The same bytes as the packet before it in its flow; TCP data under another IP id.
     pub(super) again: bool,
 }
 
 impl Spec {
+    /// Whether the packets can be cut on their way, and merged.
+    pub(super) fn is_cut(&self) -> bool {
+        matches!(self.kind, Kind::Data | Kind::Datagrams)
+    }
+
     /// Whether the kernel numbers the packets, so that none has the same number as another with the same bytes.
     pub(super) fn is_numbered(&self) -> bool {
         self.kind == Kind::Echo || !self.v6 && self.kind != Kind::UdpWithoutId
@@ -123,6 +130,7 @@ pub(super) fn spec() -> impl Strategy<Value = Spec> {
         1 => Just(Kind::UdpWithoutId),
         1 => Just(Kind::Echo),
         3 => Just(Kind::Data),
+        1 => Just(Kind::Datagrams),
         1 => Just(Kind::Ack),
         1 => Just(Kind::IcmpError),
         1 => Just(Kind::Other),
@@ -144,10 +152,9 @@ pub(super) fn spec() -> impl Strategy<Value = Spec> {
     ];
     (kind, way, nat, any::<bool>()).prop_map(|(kind, way, nat, v6)| Spec {
         // IPv6 has no ids.
-        kind: if v6 && kind == Kind::Udp {
-            Kind::UdpWithoutId
-        } else {
-            kind
+        kind: match kind {
+            Kind::Udp | Kind::Datagrams if v6 => Kind::UdpWithoutId,
+            kind => kind,
         },
         way,
         // Some ways are a translation themselves. Without ports and numbers conntrack tells flows apart by addresses only.
@@ -295,6 +302,17 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
             length = data.1 + 52;
             (6, tcp(data.0, data.1, number))
         }
+        Kind::Datagrams => {
+            ip_id = (data.0 / SEGMENT) & 0xffff;
+            length = data.1 + 28;
+            let transport = Transport::Udp {
+                // Other UDP has other ids, which may be the same numbers.
+                src_port: ports.0 + 50,
+                dst_port: ports.1,
+                payload: data.1,
+            };
+            (17, transport)
+        }
         Kind::Ack => (6, tcp(seq, 0, 7)),
         Kind::IcmpError => (if v6 { 58 } else { 1 }, icmp_error(v6, content)),
         Kind::Other => (50, Transport::Other),
@@ -309,13 +327,13 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
             (17, if offset == 0 { udp } else { Transport::Other })
         }
     };
-    let digest = if matches!(spec.kind, Kind::Data | Kind::Ack | Kind::IcmpError) {
-        0
-    } else {
-        content.into()
+    let digest = match spec.kind {
+        Kind::Data | Kind::Ack | Kind::IcmpError => 0,
+        Kind::Datagrams => u64::from(data.0) + 1,
+        _ => content.into(),
     };
     let segments = data.1.div_ceil(SEGMENT);
-    let cut = spec.kind == Kind::Data && segments > 1;
+    let cut = spec.is_cut() && segments > 1;
     Packet {
         src: outside(v6),
         dst: outside(v6),

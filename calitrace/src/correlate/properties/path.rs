@@ -129,7 +129,12 @@ fn units(
         .collect();
     own.sort_by_key(|number| sent[*number].start);
     let mut units: Vec<Unit> = Vec::new();
-    let (mut content, mut seq) = (first, (u32::MAX - 30_000).wrapping_add(first << 22));
+    let mut content = first;
+    let mut seq = match spec.kind {
+        // Counts datagrams, by their IP ids.
+        Kind::Datagrams => (65_500 + first * 1000) * SEGMENT,
+        _ => (u32::MAX - 30_000).wrapping_add(first << 22),
+    };
     for number in own {
         let packet = &sent[number];
         let before = units.last().filter(|before| repeats(before, packet));
@@ -139,7 +144,10 @@ fn units(
         };
         if before.is_none() {
             content += 1;
-            seq = seq.wrapping_add(len);
+            seq = seq.wrapping_add(match spec.kind {
+                Kind::Datagrams => len.next_multiple_of(SEGMENT),
+                _ => len,
+            });
         }
         packets[number].0.payload = len;
         *buffers += 1;
@@ -150,7 +158,7 @@ fn units(
             origin: u32::try_from(number).expect("few"),
             content: carried,
             seq: start,
-            len: if spec.kind == Kind::Data { len } else { 0 },
+            len: if spec.is_cut() { len } else { 0 },
             segment: 0,
             alone: before.is_some_and(|before| before.alone || before.fate == Fate::Vanishes),
             fate: packet.fate,
@@ -166,8 +174,8 @@ fn repeats(before: &Unit, packet: &Sent) -> bool {
     let distinct = packet.spec.kind == Kind::Data && !packet.spec.v6 && before.len <= SEGMENT;
     let tell =
         !matches!(before.fate, Fate::Vanishes | Fate::Doubled) && !matches!(packet.fate, Fate::Doubled);
-    // Fragments of one datagram are never the same.
-    packet.again && packet.spec.kind != Kind::Fragment && (distinct || tell)
+    // Fragments of one datagram are never the same, and equal super-packets have other IP ids.
+    packet.again && !matches!(packet.spec.kind, Kind::Fragment | Kind::Datagrams) && (distinct || tell)
 }
 
 fn steps(spec: &Spec, encap: Option<EncapKind>) -> Vec<Step> {
