@@ -19,7 +19,7 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 /// Some of everything: echo, a service, a transfer, a closed port, a policy, a traceroute.
-fn mixed_traffic(lab: &Lab) -> Result<()> {
+pub(crate) fn mixed_traffic(lab: &Lab) -> Result<()> {
     let pod2 = lab.pod("pod2")?;
     lab.ping("pod1", pod2.ip(), 5, &[])?;
     lab.ping("pod1", pod2.address_v6.into(), 2, &[])?;

@@ -16,6 +16,7 @@ mod flood;
 mod functions;
 mod leftovers;
 mod log;
+mod merged;
 mod repair;
 mod scope;
 mod support;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
             scope::TESTS,
             drops::TESTS,
             log::TESTS,
+            merged::TESTS,
             topology::TESTS,
             tunnels::TESTS,
             underlay::TESTS,

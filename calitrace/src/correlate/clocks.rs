@@ -125,20 +125,22 @@ impl Offset {
 
     /// Steps that no packet contradicts: as few as there can be. The clocks' own unsteadiness shows as their height.
     fn step_through(&mut self, samples: &[Sample]) {
-        let mut begun = self.origin;
+        let (mut begun, mut first) = (self.origin, 0);
         let mut widest = Some(0);
         let mut range = Range::default();
-        for sample in samples {
-            let rest = sample.difference - self.run(sample.there);
-            let with = range.with(rest, sample.from_here);
-            if with.is_contradiction() {
-                widest = widest.max_known(range.half());
-                self.steps.push((begun, range.middle()));
-                begun = sample.there;
-                range = Range::default().with(rest, sample.from_here);
-            } else {
+        for (index, sample) in samples.iter().enumerate() {
+            let with = self.narrowed(range, sample);
+            if !with.is_contradiction() {
                 range = with;
+                continue;
             }
+            let next = first + self.longest_silence(&samples[first..=index]);
+            let before = self.range(&samples[first..next]);
+            widest = widest.max_known(before.half());
+            self.steps.push((begun, before.middle()));
+            begun = samples[next - 1].there.midpoint(samples[next].there);
+            first = next;
+            range = self.range(&samples[first..=index]);
         }
         // The last one may be too short to have packets of both directions.
         let ahead = match (range.half(), self.steps.last()) {
@@ -152,6 +154,37 @@ impl Offset {
         let heights = self.steps.windows(2).map(|pair| pair[0].1.abs_diff(pair[1].1));
         let highest = heights.max().unwrap_or_default();
         self.bound = widest.map(|widest| widest + highest);
+    }
+
+    /// The last of these packets contradicts one before. Which one a step comes before: of those that agree with all that
+    /// follow, the one after the longest silence. There the clocks ran apart unseen; and a step amid the sightings of a
+    /// packet would change their order. Before it, there are packets of both directions, if there are any.
+    fn longest_silence(&self, samples: &[Sample]) -> usize {
+        let first = |from_here| samples.iter().position(|sample| sample.from_here == from_here);
+        let both = first(true).max(first(false)).unwrap_or_default();
+        let last = samples.len() - 1;
+        let (mut place, mut longest) = (last, 0);
+        let mut range = Range::default();
+        for index in (both + 1..=last).rev() {
+            range = self.narrowed(range, &samples[index]);
+            if range.is_contradiction() {
+                break;
+            }
+            let silence = samples[index].there - samples[index - 1].there;
+            if silence > longest {
+                (place, longest) = (index, silence);
+            }
+        }
+        place
+    }
+
+    fn range(&self, samples: &[Sample]) -> Range {
+        let narrowed = |range, sample| self.narrowed(range, sample);
+        samples.iter().fold(Range::default(), narrowed)
+    }
+
+    fn narrowed(&self, range: Range, sample: &Sample) -> Range {
+        range.with(sample.difference - self.run(sample.there), sample.from_here)
     }
 
     /// What the rate makes since the origin.
@@ -376,6 +409,24 @@ mod tests {
             let error = offset.to_here(shown(time, 3_000_000_000, 50)).abs_diff(time);
             assert!(error < 10_000, "{error} ns at second {second}");
         }
+    }
+
+    #[test]
+    fn a_step_is_in_the_silence_before_the_packets_that_show_it() {
+        // Requests and answers, 10 µs under way, and after three seconds of silence others: the clock there has gained
+        // 750 µs, which only the first answer contradicts.
+        let exchange = |at| [(at, 10_000, true), (at + 30_000, 10_000, false)];
+        let crossings = [exchange(0), exchange(1_000_000), exchange(3_000_000_000)].concat();
+        let (here, there) = views(&crossings, 2_000_000_000, 250);
+        let offset = Offset::between(&here, &there).unwrap();
+        // What the machine there sees of the request, and of the answer before it leaves.
+        let seen = [3_000_010_000, 3_000_015_000, 3_000_029_000, 3_000_030_000];
+        let on_here = seen.map(|time| offset.to_here(shown(HERE + time, 2_000_000_000, 250)));
+        assert!(on_here.is_sorted(), "{on_here:?}");
+        assert!(
+            HERE + 3_000_000_000 < on_here[0] && on_here[3] < HERE + 3_000_040_000,
+            "{on_here:?}"
+        );
     }
 
     #[test]

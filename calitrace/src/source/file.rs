@@ -35,6 +35,8 @@ struct Log {
     header: Header,
     /// What was read ahead.
     ahead: VecDeque<Item>,
+    /// When what follows the facts at the front of that was seen, once it was looked for.
+    following: Option<u64>,
     /// What its numbers mean beside those of the others.
     machine: Machine,
     /// Highest time handed on: a file's place in the order never goes back.
@@ -221,6 +223,7 @@ impl Log {
             reader,
             header,
             ahead: VecDeque::new(),
+            following: None,
             machine: Machine::default(),
             time: 0,
             ledger: None,
@@ -260,13 +263,44 @@ impl Log {
         let Some(item) = self.ahead.front() else {
             return Ok(None);
         };
-        let time = item.time().map_or(0, |time| self.machine.time(time));
+        let mut time = item.time().map_or(0, |time| self.machine.time(time));
+        // A fact may stand before older observations: that a hook was taken away is known before the ring is empty.
+        if let Item::Fact(_) = item {
+            time = time.min(self.following()?);
+        }
         self.time = self.time.max(time);
         Ok(Some(self.time))
     }
 
+    /// When what follows the facts at the front was seen; the end of time if nothing follows.
+    fn following(&mut self) -> Result<u64> {
+        if let Some(known) = self.following {
+            return Ok(known);
+        }
+        let is_fact = |item: &Item| matches!(item, Item::Fact(_));
+        let item = match self.ahead.iter().find(|item| !is_fact(item)) {
+            Some(item) => Some(item),
+            None => loop {
+                let Some(item) = self.reader.next().transpose()? else {
+                    break None;
+                };
+                self.ahead.push_back(item);
+                if let Some(last) = self.ahead.back().filter(|item| !is_fact(item)) {
+                    break Some(last);
+                }
+            },
+        };
+        let time = item.and_then(Item::time);
+        let time = time.map_or(u64::MAX, |time| self.machine.time(time));
+        self.following = Some(time);
+        Ok(time)
+    }
+
     fn pop(&mut self) -> Option<Item> {
         let mut item = self.ahead.pop_front()?;
+        if !matches!(item, Item::Fact(_)) {
+            self.following = None;
+        }
         if let Item::Fact(Fact::Node(node)) = &item
             && let Some(clock) = self.machine.clock_of(node)
         {
@@ -376,6 +410,27 @@ mod tests {
         ];
         assert_eq!(items, expected);
         assert!(cuts.is_empty());
+    }
+
+    #[test]
+    fn a_fact_before_older_observations_does_not_delay_them() {
+        let folder = TempDir::new().unwrap();
+        let one = [
+            Item::Tick { time: 100 },
+            node(300, "a"),
+            node(301, "b"),
+            Item::Tick { time: 120 },
+            node(310, "c"),
+        ];
+        let paths = [
+            log(&folder, "one", "boot", &one),
+            log(&folder, "two", "boot", &[Item::Tick { time: 200 }]),
+        ];
+        let (items, _) = read(&paths);
+        assert_eq!(
+            items[1..],
+            ["90 tick", "300 a", "301 b", "110 tick", "190 tick", "310 c"]
+        );
     }
 
     #[test]
