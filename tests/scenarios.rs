@@ -199,6 +199,13 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             name(drop.node.as_deref()),
             name(drop.interface.as_deref())
         )?;
+        for culprit in &drop.culprits {
+            writeln!(
+                text,
+                "    perhaps by {} {}: {culprit}",
+                culprit.table, culprit.chain
+            )?;
+        }
     }
     if let Some(answer) = &trace.answer {
         let rtt = answer.rtt_ns.map_or_else(|| "-".into(), |rtt| rtt.to_string());

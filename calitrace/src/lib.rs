@@ -14,6 +14,7 @@ pub mod error;
 pub mod event;
 pub mod filter;
 pub mod kernel;
+pub mod netfilter;
 mod netlink;
 pub mod netns;
 pub mod pipeline;

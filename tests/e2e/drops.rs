@@ -57,6 +57,20 @@ fn policy(policy: Policy) -> Result<()> {
         ensure!(drop["reason"].as_str() == reason, "{packet:#}");
         let location = drop["location"].as_str().context("a location")?;
         ensure!(["nf_hook_slow", "nft_do_chain"].contains(&location), "{packet:#}");
+        // By name, and without a doubt: a request begins a connection, so it cannot be invalid.
+        let culprits = drop["culprits"].as_array().context("culprits")?;
+        ensure!(culprits.len() == 1, "{packet:#}");
+        let (cause, name) = match policy {
+            Policy::Deny => ("policy", "default/deny-all"),
+            _ => ("end_of_tier", "default"),
+        };
+        ensure!(
+            culprits[0]["cause"] == cause && culprits[0]["name"] == name,
+            "{packet:#}"
+        );
+        ensure!(culprits[0]["direction"] == "ingress", "{packet:#}");
+        let named = (policy == Policy::Deny).then_some(name);
+        ensure!(drop["policy"].as_str() == named, "{packet:#}");
         // The last interface it passed: it came out of the tunnel and never went to the pod.
         ensure!(drop["interface"] == "vxlan.calico", "{packet:#}");
         let hooks = packet["observations"].as_array().context("observations")?;

@@ -4,7 +4,7 @@ use super::{
     Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, NatStep, PacketTrace, Segment, SightedEncap,
     Sighting, Verdict,
     again::Sent,
-    hops, key,
+    blame, hops, key,
     open::{Open, Reached, Seen},
     topology::Topology,
     underlay, verdict, waypoint,
@@ -12,6 +12,7 @@ use super::{
 use crate::{
     event::{Detail, Direction, Hook},
     kernel::hooks,
+    netfilter::{Cause, Culprit},
 };
 
 /// Version of the form of packet traces.
@@ -182,12 +183,23 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
             .find(|other| other.hook != Hook::KfreeSkb)?;
         topology.interface_name(last.netns, last.ifindex)
     };
+    let culprits = blame::culprits(open, topology);
+    let policy = match &culprits[..] {
+        [
+            Culprit {
+                cause: Cause::Policy { policy, .. },
+                ..
+            },
+        ] => Some(policy.name.as_str().into()),
+        _ => None,
+    };
     Some(DropReport {
         reason: drop.reason.clone(),
         location: drop.location.clone(),
         node: topology.name(seen.node).cloned(),
         interface: named.or_else(before).cloned(),
         netfilter: waypoint::netfilter_hook(open),
-        policy: None,
+        policy,
+        culprits,
     })
 }

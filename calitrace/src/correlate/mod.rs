@@ -7,6 +7,7 @@
 
 mod again;
 mod answer;
+mod blame;
 mod clocks;
 mod close;
 mod hops;

@@ -1,16 +1,19 @@
 //! What the facts say: nodes, interfaces, pods, routes, hop addresses, translations. Answers questions about places and
 //! addresses; knows nothing of packets and traces.
 
-use std::{cell::RefCell, net::IpAddr};
+use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
 use super::{Name, ledger::Ledgers};
-use crate::event::{
-    Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
-    machine_of,
+use crate::{
+    event::{
+        Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+        machine_of,
+    },
+    netfilter::Ruleset,
 };
 
 /// The cluster of namespaces that belong to no known node. Packets there are joined with nothing but themselves.
@@ -63,6 +66,8 @@ struct NodeInfo {
     /// Index of the route by destination.
     looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
     interfaces: FxHashMap<u32, (Name, Role)>,
+    /// By the tool that shows them: whether they are IPv6's, and what they are.
+    rules: BTreeMap<String, (bool, Ruleset)>,
 }
 
 #[derive(Debug)]
@@ -122,6 +127,11 @@ impl Topology {
                     .insert(machine_of(offset.netns), offset.bound_ns);
             }
             Fact::Attachment(attachment) => self.ledgers.attachment(attachment),
+            Fact::Rules(rules) => {
+                let node = self.nodes.entry(rules.netns).or_default();
+                node.rules
+                    .insert(rules.tool.clone(), (rules.ipv6, Ruleset::parse(&rules.text)));
+            }
         }
     }
 
@@ -306,6 +316,32 @@ impl Topology {
     pub(super) fn node_of(&self, cluster: u32, address: IpAddr) -> Option<Netns> {
         let owners = self.node_addresses.get(&address)?;
         owners.iter().copied().find(|node| self.cluster(*node) == cluster)
+    }
+
+    /// The netfilter rules of a node for one family of addresses.
+    pub(super) fn rules(&self, node: Netns, ipv6: bool) -> impl Iterator<Item = &Ruleset> {
+        let rules = self
+            .nodes
+            .get(&node)
+            .into_iter()
+            .flat_map(|info| info.rules.values());
+        rules.filter(move |(of, _)| *of == ipv6).map(|(_, rules)| rules)
+    }
+
+    /// The addresses of a node itself.
+    pub(super) fn addresses(&self, node: Netns) -> &[IpAddr] {
+        self.nodes.get(&node).map_or(&[], |info| &info.addresses)
+    }
+
+    /// The device by which `node` sends to `address`, where its pods and routes tell.
+    pub(super) fn way_out(&self, node: Netns, address: IpAddr) -> Option<&Name> {
+        let mut owners = self.pods.get(&address).into_iter().flatten();
+        let pod = owners.find(|owner| owner.node == node && !owner.gone);
+        let ifindex = pod.map(|pod| pod.ifindex).or_else(|| {
+            let route = self.route(node, address)?;
+            route.ifindex.filter(|_| route.kind == RouteKind::Unicast)
+        })?;
+        self.interface_name(node, ifindex)
     }
 
     /// Whether `address` is a service's.

@@ -5,7 +5,10 @@ use std::{net::IpAddr, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
-use crate::event::{EncapKind, Flow, Netns, Packet};
+use crate::{
+    event::{EncapKind, Flow, Netns, Packet},
+    netfilter::Culprit,
+};
 
 /// A node's, interface's or pod's name. Every sighting has some, so they are not copied.
 pub type Name = Arc<str>;
@@ -128,8 +131,11 @@ pub struct DropReport {
     pub interface: Option<Name>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
-    /// The Calico policy, where known.
+    /// The Calico policy, where it is known to be this one.
     pub policy: Option<Name>,
+    /// The netfilter rules that may have dropped it: one where that is certain, none where it is not known or netfilter
+    /// did not.
+    pub culprits: Vec<Culprit>,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further

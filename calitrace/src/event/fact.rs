@@ -44,6 +44,8 @@ pub enum Fact {
     ClockOffset(ClockOffset),
     /// A hook began or ceased to observe an interface.
     Attachment(Attachment),
+    /// The netfilter rules of a node.
+    Rules(Rules),
 }
 
 impl Fact {
@@ -59,7 +61,8 @@ impl Fact {
             | Self::Services { time, .. }
             | Self::Clock(Clock { time, .. })
             | Self::ClockOffset(ClockOffset { time, .. })
-            | Self::Attachment(Attachment { time, .. }) => *time,
+            | Self::Attachment(Attachment { time, .. })
+            | Self::Rules(Rules { time, .. }) => *time,
         }
     }
 
@@ -74,7 +77,8 @@ impl Fact {
             | Self::Services { time, .. }
             | Self::Clock(Clock { time, .. })
             | Self::ClockOffset(ClockOffset { time, .. })
-            | Self::Attachment(Attachment { time, .. }) => time,
+            | Self::Attachment(Attachment { time, .. })
+            | Self::Rules(Rules { time, .. }) => time,
         }
     }
 }
@@ -248,4 +252,19 @@ pub enum AttachmentState {
     Detached,
     /// Somebody else took it away.
     Lost,
+}
+
+/// The netfilter rules of a node, as one tool shows them: they replace what it showed before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rules {
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub time: u64,
+    /// The node.
+    pub netns: Netns,
+    /// The tool: `iptables-nft-save`, `ip6tables-legacy-save`.
+    pub tool: String,
+    /// They are for IPv6, not for IPv4.
+    pub ipv6: bool,
+    /// What it wrote, without counters, comment lines and the nat table, which drops nothing.
+    pub text: String,
 }

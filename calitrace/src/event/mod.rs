@@ -13,7 +13,7 @@ pub(crate) mod sample;
 pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{
     Attachment, AttachmentState, Clock, ClockOffset, Fact, HopAddress, Interface, Node, Pod, Role, Route,
-    RouteKind,
+    RouteKind, Rules,
 };
 pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
@@ -95,6 +95,7 @@ impl Item {
                 Fact::Routes { netns, .. } => change(netns),
                 Fact::HopAddress(hop) => change(&mut hop.netns),
                 Fact::Attachment(attachment) => change(&mut attachment.netns),
+                Fact::Rules(rules) => change(&mut rules.netns),
                 Fact::ClockOffset(offset) => change(&mut offset.netns),
                 Fact::Services { .. } | Fact::Clock(_) => {}
             },

@@ -331,6 +331,18 @@ pub struct Flow {
     pub dst_port: u16,
 }
 
+impl Drop {
+    /// Whether netfilter dropped it. Kernels before 5.17 give no reason; there the location tells, as far as symbols are
+    /// shown.
+    #[must_use]
+    pub fn is_netfilter(&self) -> bool {
+        match self.reason.as_deref() {
+            Some(reason) => reason == "NETFILTER_DROP",
+            None => matches!(self.location.as_deref(), Some("nf_hook_slow" | "nft_do_chain")),
+        }
+    }
+}
+
 impl Packet {
     /// The flow the packet belongs to, as its header stands here.
     #[must_use]

@@ -181,6 +181,7 @@ pub(crate) fn denied(start: u64) -> PacketTrace {
         interface: Some("cali8d02ed71817".into()),
         netfilter: Some("FORWARD"),
         policy: None,
+        culprits: Vec::new(),
     });
     trace.hops.truncate(1);
     trace.observations.truncate(1);

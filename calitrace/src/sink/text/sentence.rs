@@ -3,6 +3,7 @@
 use super::render::{Look, Row, row};
 use crate::{
     correlate::{Answer, AnswerKind, Bypass, DropReport, Name, PacketTrace, Verdict},
+    netfilter::Culprit,
     view::{Block, Kind},
 };
 
@@ -73,11 +74,7 @@ fn dropped(report: Option<&DropReport>) -> String {
         return "✗ dropped".into();
     };
     let part = |word: &str, value: &Option<Name>| value.as_ref().map(|value| format!(" {word} {value}"));
-    let parts = [
-        part("on node", &report.node),
-        part("at", &report.interface),
-        part("by policy", &report.policy),
-    ];
+    let parts = [part("on node", &report.node), part("at", &report.interface)];
     let place = parts.into_iter().flatten().collect::<Vec<_>>().concat();
     let meaning = meaning(report);
     let reason = match (report.reason.as_deref(), &report.location) {
@@ -86,8 +83,27 @@ fn dropped(report: Option<&DropReport>) -> String {
         (reason, None) => reason.map(str::to_owned),
     };
     let why: Vec<String> = meaning.into_iter().chain(reason).collect();
+    let why = [culprits(&report.culprits), why.join(", ")];
+    let why = why
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>();
     let colon = if why.is_empty() { "" } else { ": " };
-    format!("✗ dropped{place}{colon}{}", why.join(", "))
+    format!("✗ dropped{place}{colon}{}", why.join(" · "))
+}
+
+/// The rule that did it, or those that may have.
+fn culprits(all: &[Culprit]) -> String {
+    /// More of them help nobody.
+    const SHOWN: usize = 3;
+    let mut shown: Vec<String> = all.iter().take(SHOWN).map(ToString::to_string).collect();
+    if all.len() > SHOWN {
+        shown.push(format!("{} more", all.len() - SHOWN));
+    }
+    match all.len() {
+        0 | 1 => shown.concat(),
+        _ => format!("one of: {}", shown.join("; ")),
+    }
 }
 
 /// The reason in plain words. Kernels before 5.17 give none, but netfilter's drops have a function of their own.
@@ -95,10 +111,12 @@ fn meaning(report: &DropReport) -> Option<String> {
     match (report.reason.as_deref(), report.location.as_deref()) {
         (Some("NETFILTER_DROP"), _) | (None, Some("nf_hook_slow")) => {
             let hook = report.netfilter.map(|hook| format!(" {hook}"));
-            Some(format!(
-                "netfilter{} (a policy or firewall rule)",
-                hook.unwrap_or_default()
-            ))
+            let unnamed = if report.culprits.is_empty() {
+                " (a policy or firewall rule)"
+            } else {
+                ""
+            };
+            Some(format!("netfilter{}{unnamed}", hook.unwrap_or_default()))
         }
         (reason, _) => known(reason?).map(str::to_owned),
     }

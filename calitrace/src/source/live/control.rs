@@ -6,7 +6,11 @@
 use std::{
     collections::BTreeSet,
     os::fd::AsFd as _,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvError, channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -22,6 +26,7 @@ use super::{
     attach::{Site, changes},
     clock,
     repair::Watched,
+    rules::{Reader, Wanted},
 };
 use crate::{
     calico::{self, NodeView, facts_changed, facts_gone},
@@ -78,6 +83,15 @@ impl News {
     }
 }
 
+/// What the record thread tells the control thread.
+#[derive(Debug)]
+pub(super) struct Signals {
+    /// Stop.
+    pub(super) stop: Arc<EventFd>,
+    /// Netfilter dropped something: its rules are wanted as they are now.
+    pub(super) rules_asked: Arc<AtomicBool>,
+}
+
 /// Settings of the control thread.
 #[derive(Debug)]
 pub(super) struct Settings {
@@ -92,7 +106,8 @@ pub(super) struct Control {
     pub(super) kernel: Kernel,
     settings: Settings,
     messages: UnboundedSender<Message>,
-    stop: Arc<EventFd>,
+    signals: Signals,
+    rules: Option<Reader>,
     views: Vec<NodeView>,
     monitors: FxHashMap<Netns, Monitor>,
     pub(super) sites: FxHashMap<Site, String>,
@@ -113,13 +128,14 @@ impl Control {
         settings: Settings,
         views: Vec<NodeView>,
         messages: UnboundedSender<Message>,
-        stop: Arc<EventFd>,
+        signals: Signals,
     ) -> Self {
         Self {
             kernel,
             settings,
             messages,
-            stop,
+            signals,
+            rules: None,
             views,
             monitors: FxHashMap::default(),
             sites: FxHashMap::default(),
@@ -150,6 +166,8 @@ impl Control {
     fn observe(&mut self) -> Result<()> {
         self.send(Message::Fact(Fact::Clock(clock::both())));
         let found = std::mem::take(&mut self.views);
+        self.rules = Some(Reader::start(self.messages.clone())?);
+        let rules_read = self.read_rules(&found);
         self.adopt(found)?;
         self.kernel
             .attach_global()
@@ -158,6 +176,8 @@ impl Control {
         // Whose programs stand beside ours.
         self.check();
         self.attach_functions()?;
+        // What is dropped from now on is named. It ends when the reader has let go of its end.
+        let _: Result<(), RecvError> = rules_read.recv();
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
         while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
@@ -197,11 +217,26 @@ impl Control {
             let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
             self.look_again(&unnamed)?;
         }
+        if self.signals.rules_asked.swap(false, Ordering::Relaxed) {
+            drop(self.read_rules(&self.views));
+        }
         if self.tried.elapsed() >= AGAIN {
             self.tried = Instant::now();
             self.attach_functions()?;
         }
         self.attach()
+    }
+
+    /// Has the netfilter rules of these nodes read; what comes back is closed when they are.
+    fn read_rules(&self, views: &[NodeView]) -> Receiver<()> {
+        let wanted = views.iter().map(|view| Wanted {
+            handle: view.handle.clone(),
+            name: view.node.name.clone(),
+        });
+        match &self.rules {
+            Some(reader) => reader.read(wanted.collect()),
+            None => channel().1,
+        }
     }
 
     /// Looks again at the nodes that said they changed.
@@ -342,7 +377,7 @@ impl Control {
 
     /// Waits for a change or the end of `patience`; true when asked to stop.
     fn wait(&self, patience: Duration) -> Result<bool> {
-        let mut fds = vec![PollFd::new(self.stop.as_fd(), PollFlags::POLLIN)];
+        let mut fds = vec![PollFd::new(self.signals.stop.as_fd(), PollFlags::POLLIN)];
         fds.extend(
             self.monitors
                 .values()

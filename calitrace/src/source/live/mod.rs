@@ -11,15 +11,23 @@ mod enrich;
 mod ledger;
 mod pending;
 mod repair;
+mod rules;
 
-use std::{ops::ControlFlow, sync::Arc, time::Duration};
+use std::{
+    ops::ControlFlow,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, anyhow};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, channel, unbounded_channel};
 
 use self::{
-    control::{Control, Message, Settings},
+    control::{Control, Message, Settings, Signals},
     enrich::HopAddresses,
     ledger::Books,
     pending::Pending,
@@ -109,7 +117,12 @@ impl Live {
             discovery: self.options.discovery,
             first: self.options.first,
         };
-        let control = Control::new(self.kernel, settings, self.views, sender, Arc::clone(&halt));
+        let rules_asked = Arc::new(AtomicBool::new(false));
+        let signals = Signals {
+            stop: Arc::clone(&halt),
+            rules_asked: Arc::clone(&rules_asked),
+        };
+        let control = Control::new(self.kernel, settings, self.views, sender, signals);
         let control = std::thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || control.run())
@@ -122,6 +135,7 @@ impl Live {
             messages,
             batches,
             pending: Pending::default(),
+            rules_asked,
             names,
             dropped: drain.dropped(),
         };
@@ -148,6 +162,8 @@ struct Stream {
     messages: UnboundedReceiver<Message>,
     batches: Receiver<Batch>,
     pending: Pending,
+    /// Set when netfilter dropped something, so that the control thread has its rules read again.
+    rules_asked: Arc<AtomicBool>,
     names: Names,
     dropped: Arc<Dropped>,
 }
@@ -239,6 +255,9 @@ impl Stream {
                     // Drops are seen in all namespaces; what happens in those of others is not ours to tell.
                     if !self.books.is_ours(observation.netns) {
                         continue;
+                    }
+                    if observation.drop.as_ref().is_some_and(event::Drop::is_netfilter) {
+                        self.rules_asked.store(true, Ordering::Relaxed);
                     }
                     if let Some(fact) = self.hops.before(&observation) {
                         flow = either(flow, take(Item::Fact(fact))?);

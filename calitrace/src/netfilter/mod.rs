@@ -1,0 +1,20 @@
+//! Which netfilter rule dropped a packet: rules as `iptables-save` writes them, followed for one packet as far as is known
+//! of it. Pure; who reads the rules and whose packet it is are the callers' affairs.
+//!
+//! The kernel says that netfilter dropped a packet, and not by which rule. All that a packet may have met on its way is
+//! followed here, with three answers to each match: yes, no, and perhaps (a set whose members are not known, a packet whose
+//! connection is not known). The drops that can be reached are the candidates; where it is one, that was it.
+
+mod culprit;
+mod packet;
+mod rules;
+mod save;
+mod walk;
+
+pub use culprit::{Cause, Culprit, Direction, PolicyName};
+pub use packet::{Asked, Device, States};
+pub use rules::Ruleset;
+pub use walk::Hook;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,161 @@
+//! Rules as Felix writes them, and packets that they drop.
+
+use std::fmt::Write as _;
+
+use super::*;
+
+/// A node's rules, as `iptables-legacy-save` and `iptables-nft-save` (1.8.9) wrote them: policies from before and after
+/// v3.32, flow logs on and off.
+const SAVED: [&str; 2] = [include_str!("felix-legacy.save"), include_str!("felix-nft.save")];
+
+const POD: &str = "10.244.120.67";
+const OTHER: &str = "10.244.205.193";
+
+/// A datagram from a pod of another node to the pod behind `output`.
+fn datagram(output: &str, port: u16) -> Asked<'_> {
+    Asked {
+        src: OTHER.parse().unwrap(),
+        dst: POD.parse().unwrap(),
+        proto: 17,
+        ports: Some((40_000, port)),
+        icmp: None,
+        input: Device::Is("tunl0"),
+        output: Device::Is(output),
+        states: States::OPENING,
+        local: &[],
+    }
+}
+
+fn said(packet: &Asked<'_>, hooks: &[Hook]) -> Vec<String> {
+    let [legacy, nft] = SAVED.map(|saved| {
+        let culprits = Ruleset::parse(saved).culprits(packet, hooks);
+        culprits.iter().map(ToString::to_string).collect::<Vec<_>>()
+    });
+    assert_eq!(legacy, nft);
+    legacy
+}
+
+#[test]
+fn each_pod_s_policy_is_named() {
+    let cases = [
+        ("cali11111111111", "policy default/deny-all (ingress)"),
+        (
+            "cali22222222222",
+            "policy default/deny-frontend (ingress), rule 1",
+        ),
+        ("cali33333333333", "policy default/old-deny (ingress)"),
+        (
+            "cali44444444444",
+            "end of tier security (ingress): no policy of it allows the packet",
+        ),
+        ("cali55555555555", "no profile (ingress) allows the packet"),
+        ("cali66666666666", "the endpoint is disabled"),
+        ("cali77777777777", "Felix has no rules for the interface (yet)"),
+    ];
+    for (interface, sentence) in cases {
+        assert_eq!(
+            said(&datagram(interface, 53), &[Hook::Forward]),
+            [sentence],
+            "{interface}"
+        );
+    }
+}
+
+#[test]
+fn what_a_policy_allows_is_not_dropped_by_it() {
+    assert!(said(&datagram("cali22222222222", 5353), &[Hook::Forward]).is_empty());
+}
+
+#[test]
+fn a_segment_amid_a_connection_may_be_invalid() {
+    let segment = Asked {
+        proto: 6,
+        states: States::ANY,
+        ..datagram("cali11111111111", 80)
+    };
+    assert_eq!(
+        said(&segment, &[Hook::Forward]),
+        [
+            "conntrack calls the packet INVALID",
+            "policy default/deny-all (ingress)"
+        ]
+    );
+}
+
+#[test]
+fn where_the_interface_is_not_known_it_is_one_of_several() {
+    let packet = Asked {
+        output: Device::Unknown,
+        ..datagram("", 53)
+    };
+    let said = said(&packet, &[Hook::Forward]);
+    assert!(said.len() > 4, "{said:?}");
+    assert!(
+        said.contains(&"policy default/deny-all (ingress)".to_owned()),
+        "{said:?}"
+    );
+}
+
+#[test]
+fn a_wrong_source_fails_before_routing() {
+    let packet = Asked {
+        input: Device::Is("cali11111111111"),
+        output: Device::Unknown,
+        ..datagram("", 53)
+    };
+    assert_eq!(
+        said(&packet, &[Hook::Prerouting]),
+        ["the source address is not the sender's (reverse path filter)"]
+    );
+    // Of what comes from elsewhere Calico asks nothing there.
+    assert!(said(&datagram("", 53), &[Hook::Prerouting]).is_empty());
+}
+
+#[test]
+fn a_tunnel_s_outer_packet_from_a_stranger() {
+    let local = ["192.168.49.2".parse().unwrap()];
+    let outer = |src: &str| Asked {
+        src: src.parse().unwrap(),
+        dst: local[0],
+        proto: 4,
+        ports: None,
+        icmp: None,
+        input: Device::Is("eth0"),
+        output: Device::None,
+        states: States::OPENING,
+        local: &local,
+    };
+    assert_eq!(
+        said(&outer("192.168.49.9"), &[Hook::Input]),
+        ["encapsulated by a host that is not known as a node of the cluster"]
+    );
+    assert!(said(&outer("192.168.49.3"), &[Hook::Input]).is_empty());
+}
+
+#[test]
+fn rules_of_others_are_quoted() {
+    let text = "*filter\n:INPUT DROP [0:0]\n:FORWARD ACCEPT [0:0]\n\
+                [7:80] -A FORWARD -s 10.0.0.0/8 -m comment --comment \"a \\\"b\\\" c\" -m ttl --ttl-eq 5 -j DROP\nCOMMIT\n";
+    let rules = Ruleset::parse(text);
+    let packet = datagram("cali11111111111", 53);
+    let culprits = rules.culprits(&packet, &[Hook::Forward]);
+    assert_eq!(culprits.len(), 1);
+    assert!(matches!(&culprits[0].cause, Cause::Foreign { rule } if rule.contains("--ttl-eq 5")));
+    let culprits = rules.culprits(&packet, &[Hook::Input]);
+    assert_eq!(
+        culprits[0].to_string(),
+        "the policy of chain INPUT in table filter"
+    );
+}
+
+#[test]
+fn hostile_text_is_read_to_its_end() {
+    let mut deep = String::new();
+    for chain in 0..200 {
+        writeln!(deep, ":C{chain} -\n-A C{chain} -j C{}", chain + 1).unwrap();
+    }
+    let text =
+        format!("*filter\n:FORWARD ACCEPT\n{deep}-A FORWARD -j C0\n-A\n-A FORWARD -j\n-A FORWARD ! -s\n\"");
+    let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward]);
+    assert!(culprits.is_empty(), "{culprits:?}");
+}

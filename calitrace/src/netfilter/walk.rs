@@ -1,0 +1,274 @@
+//! Follows a packet through the rules, as far as it may have come, and finds every rule that may have dropped it.
+
+use super::{
+    culprit::{self, Culprit},
+    packet::{Asked, Device},
+    rules::{End, Match, Rule, Ruleset, Table, Target, Way, What},
+};
+
+/// A netfilter hook of IPv4 and IPv6 (`include/uapi/linux/netfilter.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// `NF_INET_PRE_ROUTING`.
+    Prerouting,
+    /// `NF_INET_LOCAL_IN`.
+    Input,
+    /// `NF_INET_FORWARD`.
+    Forward,
+    /// `NF_INET_LOCAL_OUT`.
+    Output,
+    /// `NF_INET_POST_ROUTING`.
+    Postrouting,
+}
+
+impl Hook {
+    /// As `iptables` and `nft` name it, and its base chains.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Prerouting => "PREROUTING",
+            Self::Input => "INPUT",
+            Self::Forward => "FORWARD",
+            Self::Output => "OUTPUT",
+            Self::Postrouting => "POSTROUTING",
+        }
+    }
+}
+
+/// Tables in the order of their priorities (`include/uapi/linux/netfilter_ipv4.h`). The nat table drops nothing, and is not
+/// read.
+const TABLES: [&str; 3] = ["raw", "mangle", "filter"];
+/// Jumps within jumps. Chains cannot call themselves, so this only ends what is no real rule set.
+const DEPTH: usize = 64;
+
+impl Ruleset {
+    /// The rules that may have dropped the packet at one of `hooks`, which it meets in this order. Several if not enough is
+    /// known to tell; none if by these rules it cannot have been dropped.
+    #[must_use]
+    pub fn culprits(&self, packet: &Asked<'_>, hooks: &[Hook]) -> Vec<Culprit> {
+        let mut found = Vec::new();
+        // What an earlier hook did to it is not known.
+        let mut flow = Some(Flow::default());
+        for hook in hooks {
+            for name in TABLES {
+                let (Some(table), Some(now)) = (self.tables.get(name), flow) else {
+                    continue;
+                };
+                let mut walk = Walk {
+                    packet,
+                    name,
+                    table,
+                    found: &mut found,
+                };
+                if table.contains_key(hook.name()) {
+                    flow = walk.base(hook.name(), now);
+                }
+            }
+        }
+        // A policy may say the same by several rules, and a state be looked at in several chains.
+        let mut culprits: Vec<Culprit> = Vec::new();
+        for culprit in found {
+            if culprits.iter().all(|known| known.cause != culprit.cause) {
+                culprits.push(culprit);
+            }
+        }
+        culprits
+    }
+}
+
+/// What is known of the packet's mark on one way through the rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Flow {
+    /// Bits whose value is known.
+    known: u32,
+    value: u32,
+}
+
+impl Flow {
+    /// The mark after `-j MARK --set-xmark value/mask`: the bits of the mask are cleared, then `value` is put in by
+    /// exclusive or (`mark_tg`, `net/netfilter/xt_mark.c`).
+    fn marked(self, value: Option<u32>, mask: u32) -> Self {
+        match value {
+            Some(value) => Self {
+                known: self.known | mask,
+                value: (self.value & !mask) ^ value,
+            },
+            None => Self {
+                known: self.known & !mask,
+                value: self.value & !mask,
+            },
+        }
+    }
+}
+
+/// Where two ways meet, what is the same on both is known.
+fn meet(one: Option<Flow>, other: Option<Flow>) -> Option<Flow> {
+    let (Some(one), Some(other)) = (one, other) else {
+        return one.or(other);
+    };
+    let known = one.known & other.known & !(one.value ^ other.value);
+    Some(Flow {
+        known,
+        value: one.value & known,
+    })
+}
+
+/// Whether a condition holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Truth {
+    No,
+    Perhaps,
+    Yes,
+}
+
+impl Truth {
+    fn turned_if(self, not: bool) -> Self {
+        match self {
+            Self::No if not => Self::Yes,
+            Self::Yes if not => Self::No,
+            other => other,
+        }
+    }
+}
+
+impl From<bool> for Truth {
+    fn from(holds: bool) -> Self {
+        if holds { Self::Yes } else { Self::No }
+    }
+}
+
+/// How a packet may come out of a chain.
+#[derive(Default)]
+struct Exit {
+    /// At its end, or by `RETURN`.
+    back: Option<Flow>,
+    /// Accepted, which ends this table.
+    accepted: Option<Flow>,
+}
+
+struct Walk<'a> {
+    packet: &'a Asked<'a>,
+    name: &'a str,
+    table: &'a Table,
+    found: &'a mut Vec<Culprit>,
+}
+
+impl Walk<'_> {
+    /// Through a base chain. How it goes on to the next table.
+    fn base(&mut self, name: &str, flow: Flow) -> Option<Flow> {
+        let exit = self.chain(name, flow, 0);
+        if exit.back.is_some() && self.table.get(name).is_some_and(|chain| chain.drops) {
+            self.found.push(culprit::of_policy(self.name, name));
+            return exit.accepted;
+        }
+        meet(exit.back, exit.accepted)
+    }
+
+    fn chain(&mut self, name: &str, flow: Flow, depth: usize) -> Exit {
+        let table = self.table;
+        let mut exit = Exit::default();
+        let Some(chain) = table.get(name).filter(|_| depth < DEPTH) else {
+            // A target of an extension: it may accept the packet, and may let it go on.
+            return Exit {
+                back: Some(flow),
+                accepted: Some(flow),
+            };
+        };
+        let mut here = Some(flow);
+        for (index, rule) in chain.rules.iter().enumerate() {
+            let Some(now) = here else { break };
+            let truth = self.truth(rule, now);
+            if truth == Truth::No {
+                continue;
+            }
+            let goes_on = match &rule.target {
+                Target::Next | Target::Log(_) => Some(now),
+                Target::Mark { value, mask } => Some(now.marked(*value, *mask)),
+                Target::Accept => {
+                    exit.accepted = meet(exit.accepted, Some(now));
+                    None
+                }
+                Target::Drop | Target::Reject => {
+                    self.found.push(culprit::of_rule(self.name, name, chain, index));
+                    None
+                }
+                Target::Return => {
+                    exit.back = meet(exit.back, Some(now));
+                    None
+                }
+                Target::Chain { name, goto } => {
+                    let inner = self.chain(name, now, depth + 1);
+                    exit.accepted = meet(exit.accepted, inner.accepted);
+                    if *goto {
+                        exit.back = meet(exit.back, inner.back);
+                        None
+                    } else {
+                        inner.back
+                    }
+                }
+            };
+            let passed_by = (truth == Truth::Perhaps).then_some(now);
+            here = meet(goes_on, passed_by);
+        }
+        exit.back = meet(exit.back, here);
+        exit
+    }
+
+    fn truth(&self, rule: &Rule, flow: Flow) -> Truth {
+        let each = rule.matches.iter().map(|condition| self.holds(condition, flow));
+        each.min().unwrap_or(Truth::Yes)
+    }
+
+    fn holds(&self, condition: &Match, flow: Flow) -> Truth {
+        let packet = self.packet;
+        let address = |end| match end {
+            End::Source => packet.src,
+            End::Destination => packet.dst,
+        };
+        let truth = match &condition.what {
+            What::Address(end, net) => net.contains(&address(*end)).into(),
+            What::Device(Way::In, pattern) => device(packet.input, pattern),
+            What::Device(Way::Out, pattern) => device(packet.output, pattern),
+            What::Protocol(number) => (packet.proto == *number).into(),
+            What::Ports(end, ranges) => match (packet.ports, end) {
+                (Some((port, _)), End::Source) | (Some((_, port)), End::Destination) => ranges
+                    .iter()
+                    .any(|(first, last)| (*first..=*last).contains(&port))
+                    .into(),
+                (None, _) => Truth::Perhaps,
+            },
+            What::State(asked) => match packet.states.0 & asked {
+                0 => Truth::No,
+                all if all == packet.states.0 => Truth::Yes,
+                _ => Truth::Perhaps,
+            },
+            What::Mark { value, mask } => {
+                let differs = (flow.value ^ value) & mask & flow.known;
+                match (differs, mask & !flow.known) {
+                    (0, 0) => Truth::Yes,
+                    (0, _) => Truth::Perhaps,
+                    _ => Truth::No,
+                }
+            }
+            What::Icmp(kind, (first, last)) => match packet.icmp {
+                Some((of, code)) => (of == *kind && (*first..=*last).contains(&code)).into(),
+                None => Truth::Perhaps,
+            },
+            What::Local(end) => packet.local.contains(&address(*end)).into(),
+            What::Unreachable | What::Unknown => Truth::Perhaps,
+        };
+        truth.turned_if(condition.not)
+    }
+}
+
+fn device(device: Device<'_>, pattern: &str) -> Truth {
+    match device {
+        Device::Is(name) => match pattern.strip_suffix('+') {
+            Some(beginning) => name.starts_with(beginning).into(),
+            None => (name == pattern).into(),
+        },
+        // Netfilter compares with an empty name then, which `+` alone fits.
+        Device::None => (pattern == "+").into(),
+        Device::Unknown => Truth::Perhaps,
+    }
+}
