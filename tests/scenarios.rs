@@ -209,9 +209,10 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     }
     if let Some(answer) = &trace.answer {
         let rtt = answer.rtt_ns.map_or_else(|| "-".into(), |rtt| rtt.to_string());
+        let mtu = answer.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
         writeln!(
             text,
-            "  answer {:?} from {} after {rtt}",
+            "  answer {:?} from {} after {rtt}{mtu}",
             answer.kind, answer.address
         )?;
     }

@@ -49,6 +49,12 @@ pub struct Offsets {
     pub nf_state_net: u32,
     /// `struct nf_conn`.`tuplehash[IP_CT_DIR_REPLY].tuple`
     pub ct_reply_tuple: u32,
+    /// `struct nf_conn`.`tuplehash[IP_CT_DIR_ORIGINAL].tuple`
+    pub ct_original_tuple: u32,
+    /// `struct nf_conn`.`status`
+    pub ct_status: u32,
+    /// `struct sk_buff`.`_nfct`
+    pub skb_nfct: u32,
     /// `struct nf_conn`.`ct_net` (a `possible_net_t`)
     pub ct_net: u32,
 }
@@ -80,6 +86,9 @@ impl Offsets {
         nf_state_out: OFFSET_UNKNOWN,
         nf_state_net: OFFSET_UNKNOWN,
         ct_reply_tuple: OFFSET_UNKNOWN,
+        ct_original_tuple: OFFSET_UNKNOWN,
+        ct_status: OFFSET_UNKNOWN,
+        skb_nfct: OFFSET_UNKNOWN,
         ct_net: OFFSET_UNKNOWN,
     };
 }
@@ -123,6 +132,8 @@ pub const FIRST_SLOT: u32 = 19;
 pub const BODY: u32 = 0;
 /// Number of counter slots: about 4,000 attachments.
 pub const SLOTS: u32 = 4096;
+/// Ports that lead to services on every node, unless told otherwise (`--service-node-port-range` of Kubernetes' API server).
+pub const NODE_PORTS: core::ops::RangeInclusive<u16> = 30_000..=32_767;
 /// Capacity of each scope table.
 pub const SCOPE_PREFIXES: u32 = 65_536;
 
@@ -158,7 +169,7 @@ pub mod names {
 
 const _: () = {
     assert!(FIRST_SLOT as usize == crate::Hook::ALL.len());
-    assert!(size_of::<Offsets>() == 88);
+    assert!(size_of::<Offsets>() == 100);
     assert!(size_of::<Counters>() == 48);
     assert!(size_of::<InterfaceKey>() == 16);
 };

@@ -115,14 +115,14 @@ fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
     Ok(())
 }
 
-fn same(what: &str, traced: u64, truth: u64) -> Result<()> {
+pub(crate) fn same(what: &str, traced: u64, truth: u64) -> Result<()> {
     ensure!(traced == truth, "{what}: {truth}, but {traced} traces");
     Ok(())
 }
 
 /// Bytes of data in a segment of one side's data: its IPv4 and TCP headers are 20 bytes, and 20 with 12 of timestamps. What
 /// has more options has no data: a SYN, and acknowledgements of one block out of order, two, or three.
-fn payload(length: u64) -> u64 {
+pub(crate) fn payload(length: u64) -> u64 {
     match length {
         60 | 64 | 72 | 80 => 0,
         _ => length.saturating_sub(52),

@@ -17,9 +17,13 @@ mod functions;
 mod leftovers;
 mod log;
 mod merged;
+mod mtu;
+mod nat;
+mod neighbours;
 mod repair;
 mod scope;
 mod support;
+mod tools;
 mod topology;
 mod tunnels;
 mod underlay;
@@ -39,6 +43,10 @@ fn main() -> ExitCode {
             drops::TESTS,
             log::TESTS,
             merged::TESTS,
+            mtu::TESTS,
+            nat::TESTS,
+            neighbours::TESTS,
+            tools::TESTS,
             topology::TESTS,
             tunnels::TESTS,
             underlay::TESTS,

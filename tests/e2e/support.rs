@@ -135,6 +135,12 @@ pub(crate) fn arrived(packet: &Value) -> bool {
     packet["verdict"] == "delivered" || (twice && is_emulated())
 }
 
+/// Whether a packet got to its receiver, if only for TCP to find there what it had already: a segment sent twice.
+pub(crate) fn was_received(packet: &Value) -> bool {
+    let location = packet["drop"]["location"].as_str().unwrap_or_default();
+    packet["verdict"] == "delivered" || (packet["flow"]["proto"] == "tcp" && location.starts_with("tcp_"))
+}
+
 /// A `calitrace watch` at work. Killed if dropped before [`Watch::stop`].
 #[derive(Debug)]
 pub(crate) struct Watch {

@@ -20,7 +20,7 @@ pub mod wait;
 
 pub use inventory::Inventory;
 pub use lab::netfilter::Policy;
-pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod};
+pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod, Proxy};
 pub use namespace::Namespace;
 pub use needs::{Need, Readiness, Test, has_kprobes, test};
 pub use wait::{is_emulated, patience, wait_until};

@@ -2,6 +2,7 @@
 //! runs: as the reason it is skipped for, or as its failure where it must not be missing.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::Result;
 
@@ -25,6 +26,10 @@ pub enum Need {
     Encapsulation(Encapsulation),
     /// A kernel with TCX (6.6 and newer).
     Tcx,
+    /// A kernel that tells conntrack's types (most from 5.11 on).
+    Conntrack,
+    /// A kernel with IPVS, and the program that sets it up.
+    Ipvs,
     /// A kernel whose functions can be probed.
     Kprobes,
     /// A machine that is thrown away afterwards: settings of the whole kernel are changed.
@@ -94,6 +99,13 @@ impl Test {
                     return missing(&format!("no {kind:?} in this kernel"), false);
                 }
                 Need::Tcx if !has_tcx() => return missing("no TCX in this kernel", false),
+                Need::Conntrack if !has_conntrack_types() => {
+                    return missing("no type information of conntrack in this kernel", false);
+                }
+                Need::Ipvs if !has_ipvs() => return missing("no IPVS in this kernel", false),
+                Need::Ipvs if find_program("ipvsadm").is_none() => {
+                    return missing("needs ipvsadm, which `cargo xtask setup` installs", strict);
+                }
                 Need::Kprobes if !has_kprobes() => {
                     return missing("no kprobes in this kernel", false);
                 }
@@ -113,6 +125,29 @@ impl Test {
 /// Whether the kernel lets functions be probed by perf events.
 pub fn has_kprobes() -> bool {
     Path::new("/sys/bus/event_source/devices/kprobe").exists()
+}
+
+/// Whether the kernel has virtual servers, built in or as a module, which is loaded for the answer.
+fn has_ipvs() -> bool {
+    let there = || Path::new("/proc/net/ip_vs").exists();
+    // Without modules, or without this one, it fails: then there is none.
+    there() || load("ip_vs") && there()
+}
+
+/// Whether the kernel's type information, or its module's, has the structure of a connection.
+fn has_conntrack_types() -> bool {
+    load("nf_conntrack");
+    let member = b"\0tuplehash\0";
+    ["vmlinux", "nf_conntrack"].iter().any(|name| {
+        let types = std::fs::read(Path::new("/sys/kernel/btf").join(name)).unwrap_or_default();
+        types.windows(member.len()).any(|window| window == member)
+    })
+}
+
+/// Asks for a module; false if nothing here could.
+fn load(module: &str) -> bool {
+    let ask = |modprobe| Command::new(modprobe).args(["-q", module]).status().is_ok();
+    find_program("modprobe").is_some_and(ask)
 }
 
 /// The first program of that name, on the path or where Debian and `cargo xtask setup` put programs.

@@ -8,13 +8,13 @@ mod toolchain;
 
 use anyhow::Result;
 
-pub(crate) use packages::{FUZZ, GUESTS, LAB, PYTHON, require as require_programs};
+pub(crate) use packages::{FUZZ, GUESTS, LAB, PYTHON, TRAFFIC, require as require_programs};
 
 /// All that any verb takes.
 pub(crate) fn everything() -> Result<()> {
     for_build()?;
     for_fuzz()?;
-    for_lab()?;
+    for_tests()?;
     jc::require()
 }
 
@@ -27,6 +27,12 @@ pub(crate) fn for_build() -> Result<()> {
 /// What the fuzz targets take besides. Needs root if a program is missing.
 pub(crate) fn for_fuzz() -> Result<()> {
     require_programs(&FUZZ)
+}
+
+/// The programs of the tests, which run in the lab. Needs root if one is missing.
+pub(crate) fn for_tests() -> Result<()> {
+    for_lab()?;
+    require_programs(&TRAFFIC)
 }
 
 /// What virtual machines take. Needs root if a program is missing.

@@ -40,7 +40,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .collect();
     setup::for_build()?;
     if chosen.iter().any(|layer| layer.needs_root()) {
-        setup::for_lab()?;
+        setup::for_tests()?;
     }
     if chosen.contains(&Layer::EndToEnd) {
         setup::jc::require()?;

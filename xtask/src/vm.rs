@@ -113,7 +113,7 @@ fn set_up() -> Result<()> {
     if !cfg!(target_arch = "x86_64") {
         bail!("guests have the processor of this machine, and only those of x86-64 are known");
     }
-    setup::for_lab()?;
+    setup::for_tests()?;
     setup::for_guests()
 }
 

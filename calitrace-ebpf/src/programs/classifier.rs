@@ -10,6 +10,7 @@ use calitrace_ebpf::{Flags, Hook, Place};
 
 use super::{
     account::{self, Outcome},
+    conntrack,
     maps::{self, Draft, Scope, settled},
     parse::{self, Glance},
     transport,
@@ -39,7 +40,17 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
         let glance = if matches!(hook.place(), Place::Workload) {
             Glance::Unclear
         } else {
-            parse::glance(skb, protocol == parse::ETH_P_IPV6)
+            let uplink = matches!(hook.place(), Place::Uplink);
+            parse::glance(skb, protocol == parse::ETH_P_IPV6, uplink)
+        };
+        // Translated, it has a pod's address no more; on its way in, conntrack has not seen it yet.
+        let glance = if HOOK == Hook::UplinkEgress as u8
+            && matches!(glance, Glance::OutOfScope | Glance::Carrier)
+            && conntrack::in_scope(ctx.as_ptr() as u64)
+        {
+            Glance::InScope
+        } else {
+            glance
         };
         if glance == Glance::OutOfScope {
             Outcome::OutOfScope

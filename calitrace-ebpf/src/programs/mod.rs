@@ -16,6 +16,7 @@
 
 mod account;
 mod classifier;
+mod conntrack;
 mod drops;
 mod functions;
 mod maps;

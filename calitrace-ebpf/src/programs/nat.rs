@@ -16,7 +16,7 @@ const HOOK: u32 = Hook::NfNatSetupInfo as u32;
 /// `struct nf_conntrack_tuple` (`include/net/netfilter/nf_conntrack_tuple.h`, unchanged from 5.10 to 6.18).
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Tuple {
+pub(super) struct Tuple {
     src: [u8; 16],
     src_port: u16,
     family: u16,
@@ -24,6 +24,21 @@ struct Tuple {
     dst_port: u16,
     proto: u8,
     direction: u8,
+}
+
+impl Tuple {
+    /// Whether one of its addresses is a pod's, a block's or a service's.
+    #[inline(always)]
+    #[expect(clippy::many_single_char_names, reason = "bytes of two addresses")]
+    pub(super) fn in_scope(&self) -> bool {
+        if self.family == AF_INET6 {
+            account::in_scope_v6(self.src, self.dst)
+        } else {
+            let [a, b, c, d, ..] = self.src;
+            let [e, f, g, h, ..] = self.dst;
+            account::in_scope_v4([a, b, c, d], [e, f, g, h])
+        }
+    }
 }
 
 /// `struct nf_nat_range2` (`include/uapi/linux/netfilter/nf_nat.h`), up to what is of use.

@@ -4,7 +4,7 @@
 //! outer address is in scope, the sender is a pod with a tunnel of its own, which is its payload as anything else is.
 
 use aya_ebpf::bindings::__sk_buff;
-use calitrace_ebpf::{Flags, TunnelKind};
+use calitrace_ebpf::{Flags, TunnelKind, shared::NODE_PORTS};
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
@@ -67,15 +67,19 @@ pub(super) enum Glance {
     Unclear,
 }
 
-/// Looks at the IP header only. Most packets at an uplink are none of ours, and this is all they cost.
+/// Looks at the IP header and the ports only. Most packets at an uplink are none of ours, and this is all they cost.
 #[inline(always)]
-pub(super) fn glance(skb: *mut __sk_buff, v6: bool) -> Glance {
-    let told = if v6 { glance_v6(skb) } else { glance_v4(skb) };
+pub(super) fn glance(skb: *mut __sk_buff, v6: bool, uplink: bool) -> Glance {
+    let told = if v6 {
+        glance_v6(skb, uplink)
+    } else {
+        glance_v4(skb, uplink)
+    };
     told.unwrap_or(Glance::Unclear)
 }
 
 #[inline(always)]
-fn glance_v4(skb: *mut __sk_buff) -> Option<Glance> {
+fn glance_v4(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
     let header: Ipv4Hdr = view::beginning(skb, 0)?;
     // No options, and no length that says something else than usual.
     if header.vihl != 0x45 || u16::from_be_bytes(header.tot_len) < 20 {
@@ -84,11 +88,11 @@ fn glance_v4(skb: *mut __sk_buff) -> Option<Glance> {
     if account::in_scope_v4(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(skb, header.proto, 20))
+    Some(carries(skb, header.proto, 20, uplink))
 }
 
 #[inline(always)]
-fn glance_v6(skb: *mut __sk_buff) -> Option<Glance> {
+fn glance_v6(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
     let header: Ipv6Hdr = view::beginning(skb, 0)?;
     if header.vcf[0] >> 4 != 6 || header.payload_len == [0; 2] {
         return None;
@@ -96,18 +100,28 @@ fn glance_v6(skb: *mut __sk_buff) -> Option<Glance> {
     if account::in_scope_v6(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(skb, header.next_hdr, 40))
+    Some(carries(skb, header.next_hdr, 40, uplink))
 }
 
-/// Whether it can be a tunnel's packet, or an ICMP error about one, or has further headers.
+/// Whether it can be a tunnel's packet, or an ICMP error about one, or has further headers; or leads to a service by a
+/// port of the node.
 #[inline(always)]
-fn carries(skb: *mut __sk_buff, proto: u8, transport: u32) -> Glance {
+fn carries(skb: *mut __sk_buff, proto: u8, transport: u32, uplink: bool) -> Glance {
     match proto {
-        IPPROTO_TCP => Glance::OutOfScope,
-        IPPROTO_UDP => match view::beginning::<UdpHdr>(skb, transport) {
-            Some(udp) if u32::from(u16::from_be_bytes(udp.dst)) != VXLAN_PORT.load() => Glance::OutOfScope,
-            _ => Glance::Carrier,
-        },
+        IPPROTO_TCP if !uplink => Glance::OutOfScope,
+        IPPROTO_TCP | IPPROTO_UDP => {
+            let Some([a, b, c, d]) = view::beginning::<[u8; 4]>(skb, transport) else {
+                return Glance::Carrier;
+            };
+            let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+            if proto == IPPROTO_UDP && u32::from(destination) == VXLAN_PORT.load() {
+                Glance::Carrier
+            } else if uplink && (NODE_PORTS.contains(&source) || NODE_PORTS.contains(&destination)) {
+                Glance::InScope
+            } else {
+                Glance::OutOfScope
+            }
+        }
         _ => Glance::Carrier,
     }
 }

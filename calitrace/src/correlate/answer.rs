@@ -20,6 +20,7 @@ pub(super) struct Match {
     pub(super) index: u32,
     pub(super) kind: AnswerKind,
     pub(super) icmp: Option<(u8, u8)>,
+    pub(super) mtu: Option<u32>,
 }
 
 /// What `packet` answers, if anything that is open.
@@ -37,6 +38,7 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
                 index,
                 kind,
                 icmp: Some((icmp_type, code)),
+                mtu: mtu(packet),
             })
         }
         Transport::Echo { reply: true, seq, .. } => {
@@ -46,6 +48,7 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
                 index,
                 kind: AnswerKind::EchoReply,
                 icmp: None,
+                mtu: None,
             })
         }
         Transport::Tcp { seq, ack, flags, .. } if flags & RST != 0 => {
@@ -60,6 +63,7 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
                 index,
                 kind: AnswerKind::Reset,
                 icmp: None,
+                mtu: None,
             })
         }
         Transport::Tcp { ack, flags, .. } if flags & (SYN | ACK) == SYN | ACK => {
@@ -69,6 +73,7 @@ pub(super) fn find(open: &OpenTraces, cluster: u32, packet: &Packet, flow: &Flow
                 index,
                 kind: AnswerKind::SynAck,
                 icmp: None,
+                mtu: None,
             })
         }
         _ => None,
@@ -101,7 +106,27 @@ pub(super) fn of_tunnelled(open: &OpenTraces, place: Place, packet: &Packet) -> 
         index: first(open, place.cluster, &flow, tag, left)?,
         kind,
         icmp: Some((icmp_type, code)),
+        mtu: mtu(packet),
     })
+}
+
+/// What the next link takes, as ICMP fragmentation needed and packet too big tell it; routers older than RFC 1191 do not.
+fn mtu(packet: &Packet) -> Option<u32> {
+    let Transport::IcmpError {
+        icmp_type,
+        code,
+        info,
+        ..
+    } = packet.transport
+    else {
+        return None;
+    };
+    match (packet.src.is_ipv6(), icmp_type, code) {
+        // The lower half of the word.
+        (false, 3, 4) => Some(info & 0xffff).filter(|mtu| *mtu != 0),
+        (true, 2, _) => Some(info),
+        _ => None,
+    }
 }
 
 /// What an ICMP error says about the packet it quotes, with type and code. Redirects and reassembly time-outs are not

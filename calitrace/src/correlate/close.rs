@@ -59,6 +59,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
             address: answered.address,
             rtt_ns: answered.rtt,
             icmp: answered.icmp,
+            mtu: answered.mtu,
         }),
         nat: open
             .translations

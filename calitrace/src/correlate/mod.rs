@@ -294,6 +294,7 @@ impl Correlator {
             address,
             rtt: None,
             icmp: found.icmp,
+            mtu: found.mtu,
         }));
         let by_destination = matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck);
         if awaited || !by_destination {
@@ -307,9 +308,12 @@ impl Correlator {
         // another TC program hands it on (bpf_redirect_peer), or while a hook was away; and masqueraded packets leave a
         // node out of sight, since no address of theirs is a pod's then.
         let (topology, last) = (&self.topology, trace.last());
-        if trace.reached == Reached::Nothing && trace.current().dst == address {
+        let open = trace.reached == Reached::Nothing;
+        if (open || trace.reached == Reached::Outside) && trace.current().dst == address {
             trace.reached = if topology.node_of(trace.cluster, address).is_some() {
                 Reached::Node
+            } else if !open {
+                return;
             } else if topology.owner(trace.cluster, address).is_some() {
                 Reached::Pod
             } else if last.is_ingress() && topology.next(last.node, None, address) == Next::Unobserved {
@@ -374,7 +378,8 @@ impl Correlator {
                 Reached::Pod
             }
             Hook::UplinkEgress
-                if topology.next(node, last.encap.as_deref(), destination) == Next::Unobserved =>
+                if topology.next(node, last.encap.as_deref(), destination) == Next::Unobserved
+                    || !topology.is_recorded(trace.cluster, &sight.flow) =>
             {
                 Reached::Outside
             }

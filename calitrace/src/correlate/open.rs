@@ -88,6 +88,7 @@ pub(super) struct Answered {
     pub(super) address: IpAddr,
     pub(super) rtt: Option<u64>,
     pub(super) icmp: Option<(u8, u8)>,
+    pub(super) mtu: Option<u32>,
 }
 
 /// An open trace. What most traces have nothing of takes a pointer: there may be a hundred thousand of them.

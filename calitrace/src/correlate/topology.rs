@@ -3,6 +3,7 @@
 
 use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
 
+use calitrace_ebpf::shared::NODE_PORTS;
 use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
@@ -10,7 +11,7 @@ use smallvec::SmallVec;
 use super::{Name, ledger::Ledgers};
 use crate::{
     event::{
-        Clock, Encap, EncapKind, Fact, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+        Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
         machine_of,
     },
     netfilter::Ruleset,
@@ -421,6 +422,29 @@ impl Topology {
             Some(next) => Next::Node(next),
             None => Next::Unobserved,
         }
+    }
+
+    /// Whether an uplink's hooks record packets of `flow` on their way in: under the addresses of nodes alone, conntrack
+    /// only tells a pod's, and that on their way out.
+    pub(super) fn is_recorded(&self, cluster: u32, flow: &Flow) -> bool {
+        let is_pods = |address| self.is_service(address) || self.owner(cluster, address).is_some();
+        let in_block = |address: IpAddr| {
+            let blocks = |info: &NodeInfo| {
+                let mut blocks = info
+                    .routes
+                    .iter()
+                    .filter(|route| route.kind == RouteKind::Blackhole);
+                info.cluster == Some(cluster) && blocks.any(|route| route.prefix.contains(&address))
+            };
+            self.nodes.values().any(blocks)
+        };
+        let is_node_port = |port| matches!(flow.proto, 6 | 17) && NODE_PORTS.contains(&port);
+        is_pods(flow.src)
+            || is_pods(flow.dst)
+            || is_node_port(flow.src_port)
+            || is_node_port(flow.dst_port)
+            || in_block(flow.src)
+            || in_block(flow.dst)
     }
 
     /// The other node of `cluster` whose pod or block has `address`.

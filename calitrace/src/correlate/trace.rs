@@ -161,6 +161,8 @@ pub struct Answer {
     pub rtt_ns: Option<u64>,
     /// ICMP type and code of an ICMP error, null otherwise.
     pub icmp: Option<(u8, u8)>,
+    /// The MTU that ICMP fragmentation needed or packet too big tells of, null otherwise.
+    pub mtu: Option<u32>,
 }
 
 /// What came back.

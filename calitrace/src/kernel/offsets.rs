@@ -30,6 +30,9 @@ pub(super) fn read(btf: &Btf) -> Offsets {
         nf_state_out: of("nf_hook_state", &["out"]),
         nf_state_net: of("nf_hook_state", &["net"]),
         ct_reply_tuple: OFFSET_UNKNOWN,
+        ct_original_tuple: OFFSET_UNKNOWN,
+        ct_status: OFFSET_UNKNOWN,
+        skb_nfct: skb("_nfct"),
         ct_net: OFFSET_UNKNOWN,
     }
 }
@@ -39,13 +42,16 @@ pub(super) fn read(btf: &Btf) -> Offsets {
 pub(super) fn read_conntrack(btf: &Btf, offsets: &mut Offsets) {
     let tuple = |member: &str| btf.offset("nf_conntrack_tuple_hash", &[member]);
     // `IP_CT_DIR_REPLY` is the second of the two (include/uapi/linux/netfilter/nf_conntrack_tuple_common.h).
-    if let (Some(hashes), Some(size), Some(tuple), Some(net)) = (
+    if let (Some(hashes), Some(size), Some(tuple), Some(net), Some(status)) = (
         btf.offset("nf_conn", &["tuplehash"]),
         btf.size("nf_conntrack_tuple_hash"),
         tuple("tuple"),
         btf.offset("nf_conn", &["ct_net"]),
+        btf.offset("nf_conn", &["status"]),
     ) {
+        offsets.ct_original_tuple = hashes + tuple;
         offsets.ct_reply_tuple = hashes + size + tuple;
+        offsets.ct_status = status;
         offsets.ct_net = net;
     }
 }

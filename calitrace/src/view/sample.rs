@@ -103,6 +103,7 @@ pub(crate) fn ping(start: u64, seq: u16) -> PacketTrace {
         address,
         rtt_ns: Some(31_000),
         icmp: None,
+        mtu: None,
     });
     trace
 }
@@ -152,6 +153,7 @@ pub(crate) fn probe(start: u64, ttl: u8, rtt_ns: u64) -> PacketTrace {
         address,
         rtt_ns: Some(rtt_ns),
         icmp: Some(icmp),
+        mtu: None,
     });
     trace.verdict = verdict;
     trace

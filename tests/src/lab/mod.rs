@@ -6,6 +6,7 @@ pub mod netfilter;
 pub mod plan;
 mod registry;
 mod root;
+pub mod services;
 mod wireguard;
 mod wiring;
 
@@ -29,6 +30,7 @@ pub use devices::Unsupported;
 use netfilter::{Policy, Rules};
 pub use plan::{DeviceOrder, Encapsulation, Node, Options, Pod};
 pub use registry::{Record, sweep};
+pub use services::Proxy;
 
 /// The name of the lab's part that connects the nodes and stands for the world outside.
 pub const UNDERLAY: &str = "underlay";
@@ -408,6 +410,12 @@ impl Lab {
             Encapsulation::Wireguard => wireguard::set_up(node)?,
             Encapsulation::Ipip | Encapsulation::None => {}
         }
+        if options.proxy == Proxy::Ipvs {
+            namespace.ip(&services::ipvs_device())?;
+            // Made with the first virtual server's module, for every namespace there is.
+            command::output(namespace.command("ipvsadm").arg("--list"))?;
+            namespace.sysctls([("net/ipv4/vs/conntrack".to_owned(), "1")])?;
+        }
         let root = self.root(&node.name);
         root::create(&root, node)?;
         for pod in self.pods().iter().filter(|pod| pod.node == node.name) {
@@ -442,13 +450,13 @@ impl Lab {
                 .map(|(pod, policy)| (pod, *policy))
                 .collect(),
             backend: state.pods.iter().map(|(pod, _)| pod).find(|pod| pod.id == "pod2"),
+            proxy: self.options.proxy,
             block_time_exceeded: state.block_time_exceeded,
         };
-        netfilter::load(
-            &Namespace::open(&node.namespace)?,
-            self.options.netfilter,
-            &rules.text(),
-        )
+        let namespace = Namespace::open(&node.namespace)?;
+        netfilter::load(&namespace, self.options.netfilter, &rules.text())?;
+        services::load(&namespace, self.options.proxy, rules.backend)
+            .with_context(|| format!("cannot load the service in namespace {}", namespace.name()))
     }
 
     fn node_index(&self, name: &str) -> Result<usize> {

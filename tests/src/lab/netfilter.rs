@@ -1,5 +1,5 @@
-//! The netfilter rules of a node: Calico's chains as Felix writes them, and the rules kube-proxy writes
-//! for a service. Pure text, and the choice of the tool that loads it.
+//! The netfilter rules of a node: Calico's chains as Felix writes them, with kube-proxy's among them. Pure text, and the
+//! choice of the tool that loads it.
 //!
 //! Chain names, their order and the verdicts follow `felix/rules/{static,endpoints,dispatch,policy}.go`
 //! (v3.32). Left out: the hash in each rule's comment, address sets (addresses are written out, so that no
@@ -15,7 +15,8 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Encapsulation, Node, POOL, Pod, SERVICE, SERVICE_PORTS, VXLAN};
+use super::plan::{Encapsulation, FLOATING_POD, Node, POOL, Pod, VXLAN};
+use super::services::{self, Proxy};
 use crate::command;
 use crate::namespace::Namespace;
 
@@ -68,6 +69,8 @@ pub(super) struct Rules<'a> {
     pub(super) pods: Vec<(&'a Pod, Policy)>,
     /// The pod behind the service, if it is there.
     pub(super) backend: Option<&'a Pod>,
+    /// How kube-proxy translates the service.
+    pub(super) proxy: Proxy,
     /// The node neither sends nor forwards ICMP time exceeded.
     pub(super) block_time_exceeded: bool,
 }
@@ -105,13 +108,13 @@ impl Rules<'_> {
     }
 
     fn nat(&self) -> String {
-        let mut text = "*nat\n:KUBE-SERVICES -\n:cali-PREROUTING -\n:cali-POSTROUTING -\n\
+        let mut text = "*nat\n:cali-PREROUTING -\n:cali-POSTROUTING -\n:cali-OUTPUT -\n\
              :cali-fip-dnat -\n:cali-fip-snat -\n:cali-nat-outgoing -\n\
              -A PREROUTING -j cali-PREROUTING\n\
-             -A PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
-             -A OUTPUT -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
+             -A OUTPUT -j cali-OUTPUT\n\
              -A POSTROUTING -j cali-POSTROUTING\n\
              -A cali-PREROUTING -j cali-fip-dnat\n\
+             -A cali-OUTPUT -j cali-fip-dnat\n\
              -A cali-POSTROUTING -j cali-fip-snat\n\
              -A cali-POSTROUTING -j cali-nat-outgoing\n"
             .to_owned();
@@ -122,10 +125,12 @@ impl Rules<'_> {
                  -m addrtype --src-type LOCAL -j MASQUERADE\n"
             );
         }
-        if let Some(pod) = self.backend {
-            text += &service(pod);
+        for (pod, _) in &self.pods {
+            if pod.id == FLOATING_POD {
+                text += &services::floating_ip(pod);
+            }
         }
-        text + "COMMIT\n"
+        text + &services::iptables(self.proxy, self.backend) + "COMMIT\n"
     }
 
     fn filter(&self) -> String {
@@ -253,27 +258,6 @@ fn workload_chains(pod: &Pod, policy: Policy) -> String {
     text
 }
 
-/// The service's chains, named and shaped as kube-proxy does it: `KUBE-SVC-` and `KUBE-SEP-` and 16
-/// letters of the base-32 SHA-256 of the service port and the end point
-/// (`pkg/proxy/iptables/proxier.go`, `portProtoHash` and `servicePortEndpointChainName`).
-fn service(pod: &Pod) -> String {
-    let hashes = [
-        ("CDGGSHYLG3RE2FKL", "2Z3DCG7EEPZUMBLJ"),
-        ("3OI236ZBKTWAFB2I", "WHDAPUQ3SLTX36S3"),
-    ];
-    let mut text = String::new();
-    for ((protocol, port, target), (service, end_point)) in SERVICE_PORTS.into_iter().zip(hashes) {
-        text += &format!(
-            ":KUBE-SVC-{service} -\n:KUBE-SEP-{end_point} -\n\
-             -A KUBE-SERVICES -d {SERVICE}/32 -p {protocol} -m {protocol} --dport {port} -j KUBE-SVC-{service}\n\
-             -A KUBE-SVC-{service} -j KUBE-SEP-{end_point}\n\
-             -A KUBE-SEP-{end_point} -p {protocol} -m {protocol} -j DNAT --to-destination {}:{target}\n",
-            pod.address
-        );
-    }
-    text
-}
-
 /// Loads rules in a node's namespace.
 pub(super) fn load(namespace: &Namespace, backend: Backend, rules: &str) -> Result<()> {
     let tool = match backend {
@@ -319,6 +303,7 @@ mod tests {
             encapsulation: Encapsulation::Vxlan,
             pods: vec![(&pods[1], policy), (&pods[3], Policy::Allow)],
             backend: Some(&pods[1]),
+            proxy: Proxy::Iptables,
             block_time_exceeded: blocked,
         };
         rules.text()

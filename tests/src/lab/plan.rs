@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use super::netfilter::Backend;
+use super::services::Proxy;
 
 /// The pools all blocks and pods are from.
 pub const POOL: &str = "10.244.0.0/16";
@@ -26,6 +27,12 @@ pub const OUTSIDE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 pub const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// The ports of the service and of the pod behind it.
 pub const SERVICE_PORTS: [(&str, u16, u16); 2] = [("tcp", 80, 8080), ("udp", 53, 5353)];
+/// The ports on every node that lead to each of [`SERVICE_PORTS`].
+pub const NODE_PORTS: [u16; 2] = [30080, 30053];
+/// The floating IP of [`FLOATING_POD`]: an address outside of the cluster that the pod's node translates.
+pub const FLOATING: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 20);
+/// The pod with a floating IP, on the second node.
+pub const FLOATING_POD: &str = "pod4";
 /// The MAC address Calico gives every workload interface (`cni-plugin/pkg/dataplane/linux`).
 pub const WORKLOAD_MAC: &str = "ee:ee:ee:ee:ee:ee";
 /// The VXLAN network identifier and port Felix uses by default (`felix/config/config_params.go`).
@@ -129,6 +136,8 @@ pub struct Options {
     pub cni_files: bool,
     /// Which netfilter interface Calico's chains are written with.
     pub netfilter: Backend,
+    /// How kube-proxy translates the service.
+    pub proxy: Proxy,
 }
 
 impl Default for Options {
@@ -142,6 +151,7 @@ impl Default for Options {
             felix_files: true,
             cni_files: true,
             netfilter: Backend::default(),
+            proxy: Proxy::default(),
         }
     }
 }

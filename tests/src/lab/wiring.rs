@@ -10,7 +10,9 @@
 
 use std::net::Ipv4Addr;
 
-use super::plan::{DeviceOrder, Encapsulation, Node, OUTSIDE, Options, Pod, VXLAN, WIREGUARD, WORKLOAD_MAC};
+use super::plan::{
+    DeviceOrder, Encapsulation, FLOATING, Node, OUTSIDE, Options, Pod, VXLAN, WIREGUARD, WORKLOAD_MAC,
+};
 
 /// The route protocol number Felix marks its routes with (`DefaultRouteProto`).
 const PROTO_FELIX: u8 = 80;
@@ -39,6 +41,10 @@ pub(super) fn underlay(nodes: &[Node], ipv6: bool) -> String {
             batch += &format!("link set {bridge} up\n");
         }
         batch += &format!("link set {} master {bridge} up\n", node.name);
+    }
+    // Calico's BGP tells the way to a floating IP: the node of its pod.
+    if let Some(node) = nodes.get(1) {
+        batch += &format!("route add {FLOATING} via {}\n", node.address);
     }
     if gateways.len() > 1 {
         for node in nodes {

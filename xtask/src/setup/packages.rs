@@ -50,6 +50,16 @@ pub(crate) static LAB: [Program; 12] = [
 /// What builds libFuzzer, which is written in C++ and carried by its crate.
 pub(crate) static FUZZ: [Program; 1] = [program("c++", "g++")];
 
+/// What tests make further traffic with, and translate it with.
+pub(crate) static TRAFFIC: [Program; 6] = [
+    program("nft", "nftables"),
+    program("ipvsadm", "ipvsadm"),
+    program("mtr", "mtr-tiny"),
+    program("tracepath", "iputils-tracepath"),
+    program("iperf3", "iperf3"),
+    program("dnsmasq", "dnsmasq-base"),
+];
+
 /// What virtual machines are made with, and what tests use in them only.
 pub(crate) static GUESTS: [Program; 7] = [
     program("qemu-system-x86_64", "qemu-system-x86"),

@@ -14,7 +14,7 @@ use crate::step::output_of;
 use crate::workspace;
 
 /// Names of modules, those with `*` the beginnings of names. What a kernel lacks is left out: it is built in, or younger.
-const WANTED: [&str; 37] = [
+const WANTED: [&str; 38] = [
     "ipip",
     "vxlan",
     "wireguard",
@@ -38,6 +38,7 @@ const WANTED: [&str; 37] = [
     "x_tables",
     "xt_*",
     "ip_set*",
+    "ip_vs*",
     "nf_conntrack*",
     "nf_defrag*",
     "nf_log*",

@@ -10,7 +10,7 @@ use super::tree::Tree;
 use crate::workspace;
 
 /// Programs the lab and the tests run. What is not here is left out: a test that needs it says so and is skipped.
-const PROGRAMS: [&str; 71] = [
+const PROGRAMS: [&str; 77] = [
     "bash",
     "bpftool",
     "bridge",
@@ -23,6 +23,7 @@ const PROGRAMS: [&str; 71] = [
     "curl",
     "cut",
     "dd",
+    "dnsmasq",
     "echo",
     "env",
     "ethtool",
@@ -41,6 +42,7 @@ const PROGRAMS: [&str; 71] = [
     "ip6tables-nft-save",
     "ip6tables-restore",
     "ip6tables-save",
+    "iperf3",
     "ipset",
     "iptables",
     "iptables-legacy",
@@ -51,11 +53,14 @@ const PROGRAMS: [&str; 71] = [
     "iptables-nft-save",
     "iptables-restore",
     "iptables-save",
+    "ipvsadm",
     "kill",
     "ln",
     "ls",
     "mkdir",
     "mount",
+    "mtr",
+    "mtr-packet",
     "mv",
     "nft",
     "nsenter",
@@ -77,6 +82,7 @@ const PROGRAMS: [&str; 71] = [
     "tcpdump",
     "timeout",
     "touch",
+    "tracepath",
     "traceroute",
     "true",
     "unshare",

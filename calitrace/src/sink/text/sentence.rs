@@ -149,10 +149,11 @@ fn rejected(answer: Option<&Answer>) -> String {
         (_, Some((icmp_type, code))) => unreachable(icmp_type, code),
         _ => "ICMP unreachable".to_owned(),
     };
-    format!("✗ rejected by {}: {how}", answer.address)
+    let mtu = answer.mtu.map(|mtu| format!(" (MTU {mtu})")).unwrap_or_default();
+    format!("✗ rejected by {}: {how}{mtu}", answer.address)
 }
 
-/// RFC 792 and RFC 1812 (type 3), RFC 4443 (type 1).
+/// RFC 792 and RFC 1812 (type 3), RFC 4443 (types 1 and 2).
 fn unreachable(icmp_type: u8, code: u8) -> String {
     let name = match (icmp_type, code) {
         (3, 0 | 6 | 11) | (1, 0) => "network",
@@ -160,6 +161,7 @@ fn unreachable(icmp_type: u8, code: u8) -> String {
         (3, 2) => "protocol",
         (3, 3) | (1, 4) => "port",
         (3, 4) => return "ICMP fragmentation needed".into(),
+        (2, _) => return "ICMP packet too big".into(),
         (3, 9 | 10 | 13) | (1, 1) => return "ICMP administratively prohibited".into(),
         _ => return format!("ICMP type {icmp_type}, code {code}"),
     };

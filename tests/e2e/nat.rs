@@ -1,0 +1,288 @@
+//! Address translation of each kind that a Calico node does: one trace with its steps for every packet that the sockets
+//! counted, in both directions, with the addresses that the sockets at both ends saw.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
+use calitrace_tests::{
+    Lab, Need, Options, Proxy,
+    lab::{
+        UNDERLAY,
+        plan::{FLOATING, FLOATING_POD, NODE_PORTS, OUTSIDE, SERVICE},
+    },
+};
+use serde_json::{Value, json};
+
+use crate::{
+    Test,
+    support::{Watch, quiet, with},
+    test,
+};
+
+pub(crate) const TESTS: &[Test] = &[
+    test("masquerading_to_the_outside_is_a_nat_step", masquerade).needs(&[Need::Conntrack]),
+    test("a_node_port_is_one_trace_from_the_outside", node_port),
+    test("a_node_port_of_another_node_is_one_trace", node_port_of_another),
+    test("a_pod_that_reaches_itself_through_its_service", hairpin),
+    test("a_floating_ip_is_one_trace_with_its_steps", floating_ip),
+    test("a_service_by_nftables_is_one_trace", || {
+        cluster_ip(Proxy::Nftables)
+    })
+    .needs(&[Need::Program("nft")]),
+    test("a_service_by_ipvs_is_one_trace", || cluster_ip(Proxy::Ipvs)).needs(&[Need::Ipvs]),
+];
+
+/// Bytes asked for. From the outside one segment only: its offloads are on, and the last hop would count fewer.
+const BODY: usize = 30_000;
+const SEGMENT: usize = 1_000;
+/// The addresses that lead to pods, where they are not the default ones only.
+const KNOWN: [&str; 4] = [
+    "--service-cidr",
+    "10.96.0.0/12",
+    "--service-cidr",
+    "203.0.113.20/32",
+];
+
+/// A connection: its ends as the sockets know them, and the traces of what they sent.
+struct Connection {
+    client: SocketAddr,
+    /// What the client asked for.
+    asked: SocketAddr,
+    /// The client, as the server saw it.
+    peer: SocketAddr,
+    server: SocketAddr,
+    /// From the client, and back.
+    traces: [Vec<Value>; 2],
+}
+
+/// A step of translation: its kind, its node, and what became of which address.
+type Step<'a> = (&'a str, &'a str, SocketAddr, SocketAddr);
+
+/// One HTTP request from a part of the lab to `asked`, answered by a server in another.
+fn connect(
+    lab: &Lab,
+    options: &[&str],
+    client: &str,
+    asked: SocketAddr,
+    (part, port): (&str, u16),
+) -> Result<Connection> {
+    lab.offloads(false)?;
+    let arguments = [&["-o", "json", "--proto", "tcp"], options].concat();
+    let watch = Watch::start(&with(lab, &arguments))?;
+    let server = lab.http_server(part, port)?;
+    let body = if part == UNDERLAY { SEGMENT } else { BODY };
+    let said = lab.http_get(client, asked, body)?;
+    let served = server.stop()?;
+    let address = if part == UNDERLAY {
+        OUTSIDE
+    } else {
+        lab.pod(part)?.address
+    };
+    let server: SocketAddr = (address, port).into();
+    let peer = served.first().context("a connection")?.peer;
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
+    let packets = watch.stop()?.packets()?;
+    let of = |from: SocketAddr, to: SocketAddr| -> Vec<Value> {
+        let ends = |packet: &&Value| {
+            let flow = &packet["flow"];
+            flow["src"] == from.ip().to_string()
+                && flow["src_port"] == from.port()
+                && flow["dst"] == to.ip().to_string()
+                && flow["dst_port"] == to.port()
+        };
+        packets.iter().filter(ends).cloned().collect()
+    };
+    // An answer to the outside's translation is seen when that is undone.
+    let back = if part == UNDERLAY { said.local } else { peer };
+    let traces = [of(said.local, asked), of(server, back)];
+    let segments = said.segments;
+    let counts = [segments.segments_out, segments.segments_in].map(|count| count as usize);
+    ensure!(
+        [traces[0].len(), traces[1].len()] == counts && packets.len() == counts[0] + counts[1],
+        "{counts:?} segments by the client's socket, {} and {} traces of {}: {packets:#?}",
+        traces[0].len(),
+        traces[1].len(),
+        packets.len()
+    );
+    Ok(Connection {
+        client: said.local,
+        asked,
+        peer,
+        server,
+        traces,
+    })
+}
+
+impl Connection {
+    /// Whether all traces have these steps, there and back, and these verdicts.
+    fn check(&self, there: &[Step<'_>], back: &[Step<'_>], verdicts: [&str; 2]) -> Result<()> {
+        for ((traces, steps), verdict) in self.traces.iter().zip([there, back]).zip(verdicts) {
+            let steps: Vec<Value> = steps
+                .iter()
+                .map(|(kind, node, from, to)| {
+                    let end = |end: &SocketAddr| json!({"address": end.ip(), "port": end.port()});
+                    json!({"kind": kind, "node": node, "from": end(from), "to": end(to)})
+                })
+                .collect();
+            for trace in traces {
+                ensure!(
+                    trace["nat"] == Value::from(steps.clone()),
+                    "{steps:#?}: {trace:#}"
+                );
+                ensure!(trace["verdict"] == verdict, "{verdict}: {trace:#}");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a pod sends to the outside has its node's address there.
+fn masquerade() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let node = lab.node("minikube")?;
+    let asked = (OUTSIDE, 8080).into();
+    let seen = connect(&lab, &[], "pod1", asked, (UNDERLAY, 8080))?;
+    ensure!(seen.peer.ip() == node.address, "the server saw {}", seen.peer);
+    seen.check(
+        &[("snat", &node.name, seen.client, seen.peer)],
+        &[],
+        ["left", "delivered"],
+    )
+}
+
+/// From the outside by a node that the pod is not on: kube-proxy makes it the node's own, or the pod would answer past it.
+fn node_port() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let node = lab.node("minikube")?;
+    let asked = (node.address, NODE_PORTS[0]).into();
+    let seen = connect(&lab, &[], UNDERLAY, asked, ("pod2", 8080))?;
+    ensure!(
+        seen.peer.ip() == node.tunnel_address,
+        "the server saw {}",
+        seen.peer
+    );
+    let Connection {
+        client, peer, server, ..
+    } = seen;
+    seen.check(
+        &[
+            ("dnat", &node.name, asked, server),
+            ("snat", &node.name, client, peer),
+        ],
+        &[
+            ("dnat", &node.name, peer, client),
+            ("snat", &node.name, server, asked),
+        ],
+        ["delivered", "left"],
+    )
+}
+
+/// From a pod by another node's port: masqueraded on the way there, and translated twice there.
+fn node_port_of_another() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let [one, two] = ["minikube", "minikube-m02"].map(|name| lab.node(name));
+    let (one, two) = (one?, two?);
+    let asked = (two.address, NODE_PORTS[0]).into();
+    let seen = connect(&lab, &[], "pod1", asked, ("pod2", 8080))?;
+    ensure!(
+        seen.peer.ip() == two.tunnel_address,
+        "the server saw {}",
+        seen.peer
+    );
+    let Connection {
+        client, peer, server, ..
+    } = seen;
+    // The first one keeps the port, as nobody else of that node has it.
+    let between = SocketAddr::new(one.address.into(), client.port());
+    seen.check(
+        &[
+            ("snat", &one.name, client, between),
+            ("dnat", &two.name, asked, server),
+            ("snat", &two.name, between, peer),
+        ],
+        &[
+            ("dnat", &two.name, peer, between),
+            ("snat", &two.name, server, asked),
+            ("dnat", &one.name, between, client),
+        ],
+        ["delivered", "delivered"],
+    )
+}
+
+/// Under its own address a pod would answer itself past its node: kube-proxy masquerades it.
+fn hairpin() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let node = lab.node("minikube-m02")?;
+    let seen = connect(&lab, &[], "pod2", (SERVICE, 80).into(), ("pod2", 8080))?;
+    ensure!(
+        seen.peer.ip() == node.tunnel_address,
+        "the server saw {}",
+        seen.peer
+    );
+    let Connection {
+        client,
+        asked,
+        peer,
+        server,
+        ..
+    } = seen;
+    seen.check(
+        &[
+            ("dnat", &node.name, asked, server),
+            ("snat", &node.name, client, peer),
+        ],
+        &[
+            ("dnat", &node.name, peer, client),
+            ("snat", &node.name, server, asked),
+        ],
+        ["delivered", "delivered"],
+    )?;
+    for trace in seen.traces.iter().flatten() {
+        let name = lab.pod("pod2")?.full_name();
+        ensure!(
+            trace["flow"]["src_pod"] == *name && trace["flow"]["dst_pod"] == *name,
+            "{trace:#}"
+        );
+    }
+    Ok(())
+}
+
+/// From the outside, where it keeps the sender's address, and from the pod itself, where it takes on its own.
+fn floating_ip() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let node = lab.node("minikube-m02")?.name;
+    let asked = (FLOATING, 8080).into();
+    let outside = connect(&lab, &KNOWN, UNDERLAY, asked, (FLOATING_POD, 8080))?;
+    ensure!(outside.peer == outside.client, "the server saw {}", outside.peer);
+    outside.check(
+        &[("dnat", &node, asked, outside.server)],
+        &[("snat", &node, outside.server, asked)],
+        ["delivered", "left"],
+    )?;
+    let itself = connect(&lab, &KNOWN, FLOATING_POD, asked, (FLOATING_POD, 8080))?;
+    ensure!(itself.peer.ip() == FLOATING, "the server saw {}", itself.peer);
+    let Connection {
+        client, peer, server, ..
+    } = itself;
+    itself.check(
+        &[("dnat", &node, asked, server), ("snat", &node, client, peer)],
+        &[("dnat", &node, peer, client), ("snat", &node, server, asked)],
+        ["delivered", "delivered"],
+    )
+}
+
+fn cluster_ip(proxy: Proxy) -> Result<()> {
+    let lab = Lab::up(&Options { proxy, ..quiet() })?;
+    let asked = (SERVICE, 80).into();
+    // From the other node, and on the same one.
+    for (client, node) in [("pod1", "minikube"), ("pod4", "minikube-m02")] {
+        let seen = connect(&lab, &[], client, asked, ("pod2", 8080))?;
+        ensure!(seen.peer == seen.client, "the server saw {}", seen.peer);
+        seen.check(
+            &[("dnat", node, asked, seen.server)],
+            &[("snat", node, seen.server, asked)],
+            ["delivered", "delivered"],
+        )?;
+    }
+    Ok(())
+}
