@@ -3,6 +3,9 @@
 //! A packet arrives after it left. So by what it came later, as the two clocks show it, is at least what the receiver's is
 //! ahead, and with one that goes the other way at most: the fastest packets of both directions leave an interval, and its
 //! middle is the estimate (NTP's on-wire protocol, RFC 5905 8, with packets that are there anyway). Pure, as the rest.
+//!
+//! Of packets with the same content, and of merged segments, nothing tells which is which. But the first that came is no earlier
+//! than the first that left; so within that interval the estimate goes where they, too, arrive after they left.
 
 use rustc_hash::FxHashMap;
 
@@ -30,8 +33,19 @@ pub struct Crossings {
     level: u32,
 }
 
-/// When, and whether at the uplinks, by content; none for what was seen more than once.
-type Packets = FxHashMap<u64, Option<(u64, bool)>>;
+/// By content.
+type Packets = FxHashMap<u64, Noted>;
+
+/// A packet, or the end of one, as one machine saw it.
+#[derive(Clone, Copy, Debug)]
+struct Noted {
+    /// When it was seen first.
+    time: u64,
+    /// At the uplinks.
+    uplink: bool,
+    /// Nothing else had the same content.
+    sole: bool,
+}
 
 impl Crossings {
     /// Takes note of an observation.
@@ -42,14 +56,19 @@ impl Crossings {
             UplinkIngress | TunnelIngress => (&mut self.came, observation.hook == UplinkIngress),
             _ => return,
         };
-        let key = key::crossing(uplink, &observation.packet);
-        if key.leading_zeros() < self.level {
-            return;
+        let packet = &observation.packet;
+        let whole = (key::crossing(uplink, packet), true);
+        let end = key::crossing_end(uplink, packet).map(|key| (key, false));
+        let time = observation.time;
+        for (key, sole) in [Some(whole), end].into_iter().flatten() {
+            if key.leading_zeros() >= self.level {
+                let noted = packets.entry(key).and_modify(|noted| {
+                    noted.time = noted.time.min(time);
+                    noted.sole = false;
+                });
+                noted.or_insert(Noted { time, uplink, sole });
+            }
         }
-        packets
-            .entry(key)
-            .and_modify(|seen| *seen = None)
-            .or_insert(Some((observation.time, uplink)));
         while self.left.len().max(self.came.len()) > KEPT {
             self.level += 1;
             for packets in [&mut self.left, &mut self.came] {
@@ -68,6 +87,8 @@ struct Sample {
     from_here: bool,
     /// Seen at the uplinks, not at tunnel devices: next to the wire.
     uplink: bool,
+    /// The one is the other, and not only as far as can be seen.
+    sole: bool,
 }
 
 /// How far the clock of one machine is ahead of another's, over time.
@@ -93,17 +114,21 @@ impl Offset {
     /// How far the clock there is ahead of the one here; none when no packet was seen by both.
     pub fn between(here: &Crossings, there: &Crossings) -> Option<Self> {
         let mut samples = samples(here, there);
-        let mut differences: Vec<i64> = samples.iter().map(|sample| sample.difference).collect();
-        if samples.is_empty() {
+        let sole = samples.iter().filter(|sample| sample.sole);
+        let mut differences: Vec<i64> = sole.map(|sample| sample.difference).collect();
+        if differences.is_empty() {
             return None;
         }
         let middle = differences.len() / 2;
         let usual = *differences.select_nth_unstable(middle).1;
         samples.retain(|sample| (sample.difference - usual).abs() <= STRAY);
         samples.sort_by_key(|sample| sample.there);
+        let (samples, others): (Vec<Sample>, Vec<Sample>) =
+            samples.into_iter().partition(|sample| sample.sole);
         let origin = samples.first()?.there;
         // The slope has to explain the packets better than none does: fewer steps, or a wider way between them.
-        let [straight, level] = [rate(origin, &samples), 0.0].map(|rate| Self::along(origin, rate, &samples));
+        let [straight, level] =
+            [rate(origin, &samples), 0.0].map(|rate| Self::along(origin, rate, &samples, &others));
         let better =
             |one: &Self, other: &Self| (one.steps.len(), other.bound) < (other.steps.len(), one.bound);
         Some(if better(&straight, &level) {
@@ -113,20 +138,20 @@ impl Offset {
         })
     }
 
-    fn along(origin: u64, rate: f64, samples: &[Sample]) -> Self {
+    fn along(origin: u64, rate: f64, samples: &[Sample], others: &[Sample]) -> Self {
         let mut offset = Self {
             origin,
             rate,
             ..Self::default()
         };
-        offset.step_through(samples);
+        offset.step_through(samples, others);
         offset
     }
 
     /// Steps that no packet contradicts: as few as there can be. The clocks' own unsteadiness shows as their height.
-    fn step_through(&mut self, samples: &[Sample]) {
+    fn step_through(&mut self, samples: &[Sample], others: &[Sample]) {
         let (mut begun, mut first) = (self.origin, 0);
-        let mut widest = Some(0);
+        let mut spans: Vec<(u64, Range)> = Vec::new();
         let mut range = Range::default();
         for (index, sample) in samples.iter().enumerate() {
             let with = self.narrowed(range, sample);
@@ -135,22 +160,34 @@ impl Offset {
                 continue;
             }
             let next = first + self.longest_silence(&samples[first..=index]);
-            let before = self.range(&samples[first..next]);
-            widest = widest.max_known(before.half());
-            self.steps.push((begun, before.middle()));
+            spans.push((begun, self.range(&samples[first..next])));
             begun = samples[next - 1].there.midpoint(samples[next].there);
             first = next;
             range = self.range(&samples[first..=index]);
         }
-        // The last one may be too short to have packets of both directions.
-        let ahead = match (range.half(), self.steps.last()) {
-            (None, Some((_, before))) => range.closest_to(*before),
-            (half, _) => {
-                widest = widest.max_known(half);
-                range.middle()
+        spans.push((begun, range));
+        let mut widest = Some(0);
+        for (index, (begun, range)) in spans.iter().enumerate() {
+            // The last one may be too short to have packets of both directions.
+            let is_last = index + 1 == spans.len();
+            let ahead = match self.steps.last() {
+                Some((_, before)) if is_last && range.half().is_none() => range.closest_to(*before),
+                _ => range.middle(),
+            };
+            let until = spans.get(index + 1).map_or(u64::MAX, |(next, _)| *next);
+            let within = |sample: &&Sample| {
+                index == 0 && sample.there < until || (*begun..until).contains(&sample.there)
+            };
+            let told = others
+                .iter()
+                .filter(within)
+                .fold(Range::default(), |range, sample| self.narrowed(range, sample));
+            let ahead = range.nearest(told.towards(ahead));
+            if !(is_last && index > 0 && range.half().is_none()) {
+                widest = widest.max_known(range.error_of(ahead));
             }
-        };
-        self.steps.push((begun, ahead));
+            self.steps.push((*begun, ahead));
+        }
         let heights = self.steps.windows(2).map(|pair| pair[0].1.abs_diff(pair[1].1));
         let highest = heights.max().unwrap_or_default();
         self.bound = widest.map(|widest| widest + highest);
@@ -238,7 +275,8 @@ impl Range {
     }
 
     fn is_contradiction(self) -> bool {
-        matches!((self.least, self.most), (Some(least), Some(most)) if least > most)
+        // Each packet takes some time.
+        matches!((self.least, self.most), (Some(least), Some(most)) if most.saturating_sub(least) < 2)
     }
 
     fn middle(self) -> i64 {
@@ -253,6 +291,26 @@ impl Range {
     fn closest_to(self, ahead: i64) -> i64 {
         let ahead = self.least.map_or(ahead, |least| ahead.max(least + SHORTEST));
         self.most.map_or(ahead, |most| ahead.min(most - SHORTEST))
+    }
+
+    /// The value nearest to `ahead` that leaves time under way; as it is if nothing can be right.
+    fn towards(self, ahead: i64) -> i64 {
+        match (self.least, self.most) {
+            (Some(least), Some(most)) if least > most => ahead,
+            (Some(least), Some(most)) if most - least < 2 * SHORTEST => least + (most - least) / 2,
+            _ => self.closest_to(ahead),
+        }
+    }
+
+    /// The nearest value that is possible.
+    fn nearest(self, ahead: i64) -> i64 {
+        let ahead = self.least.map_or(ahead, |least| ahead.max(least + 1));
+        self.most.map_or(ahead, |most| ahead.min(most - 1))
+    }
+
+    /// By how much `ahead` is wrong at most.
+    fn error_of(self, ahead: i64) -> Option<u64> {
+        Some((self.most? - ahead).max(ahead - self.least?).unsigned_abs())
     }
 
     fn half(self) -> Option<u64> {
@@ -273,15 +331,20 @@ impl MaxKnown for Option<u64> {
 
 fn samples(here: &Crossings, there: &Crossings) -> Vec<Sample> {
     let pairs = |from: &Packets, to: &Packets, from_here: bool| -> Vec<Sample> {
-        let pair = |(key, left): (&u64, &Option<(u64, bool)>)| {
-            let ((left, uplink), (came, _)) = ((*left)?, (*to.get(key)?)?);
-            let (here, there) = if from_here { (left, came) } else { (came, left) };
+        let pair = |(key, left): (&u64, &Noted)| {
+            let came = to.get(key)?;
+            let (here, there) = if from_here {
+                (left.time, came.time)
+            } else {
+                (came.time, left.time)
+            };
             let difference = i64::try_from(i128::from(there) - i128::from(here)).ok()?;
             Some(Sample {
                 there,
                 difference,
                 from_here,
-                uplink,
+                uplink: left.uplink,
+                sole: left.sole && came.sole,
             })
         };
         from.iter().filter_map(pair).collect()
@@ -292,7 +355,7 @@ fn samples(here: &Crossings, there: &Crossings) -> Vec<Sample> {
     for at in [true, false] {
         let both = [true, false].map(|from_here| {
             let mut here = samples.iter();
-            here.any(|sample| (sample.uplink, sample.from_here) == (at, from_here))
+            here.any(|sample| sample.sole && (sample.uplink, sample.from_here) == (at, from_here))
         });
         if both == [true; 2] {
             samples.retain(|sample| sample.uplink == at);
@@ -347,17 +410,35 @@ mod tests {
     /// The two machines' views; the clock there is ahead and runs faster.
     fn views(crossings: &[Crossing], ahead: i64, ppm: i64) -> (Crossings, Crossings) {
         let (mut here, mut there) = (Crossings::default(), Crossings::default());
-        for (key, (left, delay, from_here)) in (0_u64..).zip(crossings) {
+        add(&mut here, &mut there, crossings, ahead, ppm, true);
+        (here, there)
+    }
+
+    /// More of them, each alone of its content or not.
+    fn add(
+        here: &mut Crossings,
+        there: &mut Crossings,
+        crossings: &[Crossing],
+        ahead: i64,
+        ppm: i64,
+        sole: bool,
+    ) {
+        let noted = |time| Noted {
+            time,
+            uplink: true,
+            sole,
+        };
+        for (left, delay, from_here) in crossings {
+            let key = u64::try_from(here.left.len() + here.came.len()).unwrap();
             let (from, to) = (HERE + left, HERE + left + delay);
             if *from_here {
-                here.left.insert(key, Some((from, true)));
-                there.came.insert(key, Some((shown(to, ahead, ppm), true)));
+                here.left.insert(key, noted(from));
+                there.came.insert(key, noted(shown(to, ahead, ppm)));
             } else {
-                there.left.insert(key, Some((shown(from, ahead, ppm), true)));
-                here.came.insert(key, Some((to, true)));
+                there.left.insert(key, noted(shown(from, ahead, ppm)));
+                here.came.insert(key, noted(to));
             }
         }
-        (here, there)
     }
 
     /// What the clock there shows at a time here.
@@ -427,6 +508,36 @@ mod tests {
             HERE + 3_000_000_000 < on_here[0] && on_here[3] < HERE + 3_000_040_000,
             "{on_here:?}"
         );
+    }
+
+    #[test]
+    fn packets_alike_keep_their_order_where_others_were_held_back() {
+        // What comes from there takes 5 µs, what goes there 1 ms, but for some with the same content as others: 5 µs, too.
+        let held: Vec<Crossing> = (0..20)
+            .map(|number| {
+                let from_here = number % 2 == 0;
+                (
+                    number * 1_000_000,
+                    if from_here { 1_000_000 } else { 5_000 },
+                    from_here,
+                )
+            })
+            .collect();
+        let fast: Vec<Crossing> = (0..5)
+            .map(|number| (number * 2_000_000 + 500_000, 5_000, true))
+            .collect();
+        let ahead = 40_000_000_000;
+        let (mut here, mut there) = views(&held, ahead, 0);
+        add(&mut here, &mut there, &fast, ahead, 0, false);
+        let offset = Offset::between(&here, &there).unwrap();
+        for (left, delay, _) in fast {
+            let arrival = offset.to_here(shown(HERE + left + delay, ahead, 0));
+            assert!(HERE + left < arrival, "{} is not before {arrival}", HERE + left);
+        }
+        // The sole ones alone leave half of both ways' time; the truth is still within the bound.
+        let error = offset.at(HERE).abs_diff(ahead);
+        assert!(error <= 5_000, "{error}");
+        assert!(offset.bound().unwrap() >= error);
     }
 
     #[test]

@@ -308,6 +308,17 @@ pub(super) fn crossing(uplink: bool, packet: &Packet) -> u64 {
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
+/// The key of the last byte of TCP data between two machines. Where segments are merged, it tells when the last of them was
+/// there; but it is not the packet's alone.
+pub(super) fn crossing_end(uplink: bool, packet: &Packet) -> Option<u64> {
+    let (seq, len) = match Part::of(packet) {
+        part @ Part::TcpData { .. } => part.interval(),
+        _ => return None,
+    };
+    let key = hash(&(uplink, packet.flow(), seq.wrapping_add(len), u8::MAX));
+    Some(key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
 /// The key of a flow's TCP data.
 pub(super) fn stream(cluster: u32, flow: &Flow) -> u64 {
     hash(&(cluster, flow))
