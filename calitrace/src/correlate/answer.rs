@@ -143,12 +143,15 @@ pub(super) fn of_icmp(packet: &Packet) -> Option<(AnswerKind, u8, u8)> {
     Some((kind, icmp_type, code))
 }
 
-/// Whether an answer from afar may still tell more of a trace: of a traceroute's probe who answers, and of what left for
-/// somebody who is not observed whether he does.
+/// Whether an answer from afar may still tell more of a trace: of a traceroute's probe who answers, and when the answer is
+/// back; of what left for somebody who is not observed whether he does.
 pub(super) fn is_awaited(trace: &Open) -> bool {
     let asks = is_syn(trace) || matches!(trace.part, Part::Echo { reply: false, .. });
     let probes = trace.packet.ttl < LOWEST_ORDINARY_TTL;
-    trace.answered.is_none() && (probes || (asks && trace.reached == Reached::Outside))
+    match &trace.answered {
+        None => probes || (asks && trace.reached == Reached::Outside),
+        Some(answered) => probes && answered.rtt.is_none(),
+    }
 }
 
 fn is_syn(trace: &Open) -> bool {

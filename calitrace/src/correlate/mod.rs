@@ -213,7 +213,7 @@ impl Correlator {
         let last = trace.last_of(seen.interval);
         if seen.netns & u64::from(u32::MAX) == 0 {
             seen.node = last.node;
-            seen.in_pod = trace.reached == Reached::Pod;
+            seen.in_pod = trace.reached == Reached::Pod || last.hook == Hook::WorkloadEgress;
         }
     }
 
@@ -367,8 +367,16 @@ impl Correlator {
                     return;
                 };
                 let received = last.in_pod || matches!(trace.reached, Reached::Pod | Reached::Node);
-                if !(received && verdict::is_ordinary(&trace.part, drop)) {
-                    trace.drop = Some(Box::new((drop.clone(), at)));
+                if received && verdict::is_ordinary(&trace.part, drop) {
+                    return;
+                }
+                trace.drop = Some(Box::new((drop.clone(), at)));
+                // Of a packet that was cut, the other segments may still be under way.
+                let (start, len) = trace.part.interval();
+                if !received {
+                    trace.covered += key::overlap(start, len, last.interval.0, last.interval.1);
+                }
+                if trace.covered >= len {
                     self.open.conceal(index);
                     self.hold(index, Hold::Ended, time);
                 }
@@ -433,9 +441,13 @@ impl Correlator {
             && first.is_ingress() != (observation.hook.direction() == crate::event::Direction::Ingress)
             && observation.drop.is_none();
         let rtt = observation.time.saturating_sub(first.time);
+        let awaited = answer::is_awaited(probe);
         if let Some(answered) = probe.answered.as_mut().filter(|_| back) {
             answered.rtt = Some(rtt);
             answered.address = observation.packet.src;
+            if awaited {
+                self.hold(id.index, Hold::Ended, observation.time);
+            }
         }
     }
 
