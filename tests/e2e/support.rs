@@ -129,13 +129,10 @@ pub(crate) fn goes(packet: &Value, proto: &str, from: &str, to: &str) -> bool {
 /// Whether a packet got to its receiver. In an emulated machine TCP sends segments twice, and the receiver's TCP drops the
 /// second one: it was there all the same.
 pub(crate) fn arrived(packet: &Value) -> bool {
-    let location = packet["drop"]["location"].as_str().unwrap_or_default();
-    let twice =
-        packet["flow"]["proto"] == "tcp" && packet["verdict"] == "dropped" && location.starts_with("tcp_");
-    packet["verdict"] == "delivered" || (twice && is_emulated())
+    packet["verdict"] == "delivered" || (is_emulated() && was_received(packet))
 }
 
-/// Whether a packet got to its receiver, if only for TCP to find there what it had already: a segment sent twice.
+/// Whether a packet got to its receiver, if only for TCP to drop it there: a segment sent twice, or to what was closed.
 pub(crate) fn was_received(packet: &Value) -> bool {
     let location = packet["drop"]["location"].as_str().unwrap_or_default();
     packet["verdict"] == "delivered" || (packet["flow"]["proto"] == "tcp" && location.starts_with("tcp_"))

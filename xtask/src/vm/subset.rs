@@ -39,7 +39,9 @@ const TESTS: [(&str, &[&str]); 5] = [
         &[
             "real_traffic_over_tunl0",
             "a_drop_names_its_netfilter_hook",
+            "a_policy_that_denies",
             "a_service_is_one_trace",
+            "masquerading_to_the_outside",
             "functions_are_seen_between_interfaces_ipip",
             "nothing_is_left_after_kill_9",
             "a_kernel_locked_down_still_shows_paths",
