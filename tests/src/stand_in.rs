@@ -208,13 +208,15 @@ fn load(to: Ipv4Addr, action: Action<'_>) -> Result<OwnedFd> {
 }
 
 /// Before 5.11 programs are locked memory, and of what has ended some is given back only later: what the last run of the
-/// program under test held may still count. The limit comes back at once, since that program has to lift it itself.
+/// program under test held may still count. The limit comes back at once, since that program has to lift it itself. Later
+/// kernels do not look at it, so lifting it may be refused there.
 fn without_memory_limit<T>(work: impl FnOnce() -> T) -> Result<T> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).context("read the limit on locked memory")?;
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY)
-        .context("lift the limit on locked memory")?;
+    let lifted = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok();
     let result = work();
-    setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).context("set the limit on locked memory again")?;
+    if lifted {
+        setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard).context("set the limit on locked memory again")?;
+    }
     Ok(result)
 }
 
