@@ -7,7 +7,8 @@ $bb mount -t sysfs sysfs /sys
 $bb mount -t devtmpfs devtmpfs /dev
 $bb mkdir -p /dev/pts /dev/shm
 $bb mount -t devpts devpts /dev/pts
-for folder in /dev/shm /tmp /run; do $bb mount -t tmpfs tmpfs $folder; done
+for folder in /dev/shm /run; do $bb mount -t tmpfs tmpfs $folder; done
+# In memory as all of this root; the test programs may lie below it.
 $bb chmod 1777 /tmp
 $bb ln -s /proc/self/fd /dev/fd
 $bb ln -s /run /var/run
