@@ -72,7 +72,7 @@ pub enum TunnelKind {
 /// The source address of a quoted packet is the error's own destination; its destination is in [`Tail::quoted_dst`].
 /// Other protocols have zero ports and a digest of their first bytes (SCTP: of its first chunk, as NAT rewrites the
 /// ports and checksum before it). A later fragment has a digest of its first bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Plain {
     /// [`Kind`].
@@ -151,7 +151,7 @@ pub struct Plain {
 }
 
 /// The outermost header of an encapsulated packet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Outer {
     /// Outer source address; the inner one with [`TunnelKind::QuotedIpip`].
@@ -169,7 +169,7 @@ pub struct Outer {
 }
 
 /// What a drop or an ICMP error adds.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Tail {
     /// Kernel address that called `kfree_skb_reason`, with [`Flags::DROP`]; with [`Flags::TOLD`] see [`Plain::reason`].
@@ -189,7 +189,7 @@ pub struct Encapsulated {
 }
 
 /// [`Encapsulated`] and what a drop or an ICMP error tells.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Full {
     /// The common part; `kind` is [`Kind::Full`].

@@ -137,7 +137,11 @@ fn facts() -> Vec<Item> {
 /// The record of a packet at its first hook, without times and places: by flow TCP data, TCP acknowledgements or UDP.
 fn packet(number: u64, sent: &mut [u32]) -> Plain {
     let flow = chance(number) % FLOWS;
-    let mut plain = empty();
+    let mut plain = Plain {
+        kind: Kind::Plain as u8,
+        ttl: 64,
+        ..Plain::default()
+    };
     plain.src = pod_address(0, flow % PODS).to_ipv6_mapped().octets();
     plain.dst = pod_address(1, flow / PODS).to_ipv6_mapped().octets();
     plain.sport = 30_000 + u16::try_from(flow).expect("few flows");
@@ -166,42 +170,6 @@ fn packet(number: u64, sent: &mut [u32]) -> Plain {
         plain.digest = chance(number);
     }
     plain
-}
-
-fn empty() -> Plain {
-    Plain {
-        kind: Kind::Plain as u8,
-        hook: 0,
-        flags: 0,
-        proto: 0,
-        cpu: 0,
-        ttl: 64,
-        tos: 0,
-        time: 0,
-        skb: 0,
-        head: 0,
-        netns: 0,
-        ifindex: 0,
-        length: 0,
-        src: [0; 16],
-        dst: [0; 16],
-        sport: 0,
-        dport: 0,
-        ip_id: 0,
-        frag_off: 0,
-        gso_size: 0,
-        gso_segs: 0,
-        tcp_flags: 0,
-        pad0: 0,
-        seq: 0,
-        ack: 0,
-        window: 0,
-        outer_length: 0,
-        tsval: 0,
-        payload: 0,
-        reason: 0,
-        digest: 0,
-    }
 }
 
 /// Records of packets sent `interval` nanoseconds apart, as they come out of the ring.

@@ -135,6 +135,16 @@ impl Connection {
         }
         Ok(())
     }
+
+    /// Whether one node translated both ends: the destination to the server, the source to what the server saw.
+    fn check_both_ends(&self, node: &str, verdicts: [&str; 2]) -> Result<()> {
+        let (client, asked, peer, server) = (self.client, self.asked, self.peer, self.server);
+        self.check(
+            &[("dnat", node, asked, server), ("snat", node, client, peer)],
+            &[("dnat", node, peer, client), ("snat", node, server, asked)],
+            verdicts,
+        )
+    }
 }
 
 /// What a pod sends to the outside has its node's address there.
@@ -162,20 +172,7 @@ fn node_port() -> Result<()> {
         "the server saw {}",
         seen.peer
     );
-    let Connection {
-        client, peer, server, ..
-    } = seen;
-    seen.check(
-        &[
-            ("dnat", &node.name, asked, server),
-            ("snat", &node.name, client, peer),
-        ],
-        &[
-            ("dnat", &node.name, peer, client),
-            ("snat", &node.name, server, asked),
-        ],
-        ["delivered", "left"],
-    )
+    seen.check_both_ends(&node.name, ["delivered", "left"])
 }
 
 /// From a pod by another node's port: masqueraded on the way there, and translated twice there.
@@ -220,24 +217,7 @@ fn hairpin() -> Result<()> {
         "the server saw {}",
         seen.peer
     );
-    let Connection {
-        client,
-        asked,
-        peer,
-        server,
-        ..
-    } = seen;
-    seen.check(
-        &[
-            ("dnat", &node.name, asked, server),
-            ("snat", &node.name, client, peer),
-        ],
-        &[
-            ("dnat", &node.name, peer, client),
-            ("snat", &node.name, server, asked),
-        ],
-        ["delivered", "delivered"],
-    )?;
+    seen.check_both_ends(&node.name, ["delivered", "delivered"])?;
     for trace in seen.traces.iter().flatten() {
         let name = lab.pod("pod2")?.full_name();
         ensure!(
@@ -262,14 +242,7 @@ fn floating_ip() -> Result<()> {
     )?;
     let itself = connect(&lab, &KNOWN, FLOATING_POD, asked, (FLOATING_POD, 8080))?;
     ensure!(itself.peer.ip() == FLOATING, "the server saw {}", itself.peer);
-    let Connection {
-        client, peer, server, ..
-    } = itself;
-    itself.check(
-        &[("dnat", &node, asked, server), ("snat", &node, client, peer)],
-        &[("dnat", &node, peer, client), ("snat", &node, server, asked)],
-        ["delivered", "delivered"],
-    )
+    itself.check_both_ends(&node, ["delivered", "delivered"])
 }
 
 fn cluster_ip(proxy: Proxy) -> Result<()> {

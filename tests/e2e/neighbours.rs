@@ -69,6 +69,20 @@ fn unreachable(packet: &Value, node: &str, router: &str, ttl: u64) -> Result<()>
     Ok(())
 }
 
+/// Pod 1 pings pod 2, and this router answers for the neighbour that does not.
+fn pinged_in_vain(lab: &Lab, node: &str, router: &str, ttl: u64) -> Result<()> {
+    let watch = Watch::start(&with(lab, &["-o", "json"]))?;
+    let ping = lab.ping("pod1", POD2.parse()?, 2, &[])?;
+    ensure!(ping.raw.contains("Destination Host Unreachable"), "{}", ping.raw);
+    let packets = watch.stop()?.packets()?;
+    let pings = pings(&packets);
+    ensure!(pings.len() == 2, "{packets:#?}");
+    for packet in pings {
+        unreachable(packet, node, router, ttl)?;
+    }
+    Ok(())
+}
+
 /// The way to the other node leads to a gateway that nobody is.
 fn next_hop() -> Result<()> {
     let lab = Lab::up(&Options {
@@ -78,16 +92,7 @@ fn next_hop() -> Result<()> {
     ask(&lab, "minikube", "eth0", "3")?;
     lab.namespace("minikube")?
         .ip("route replace 10.244.205.192/26 via 192.168.49.77 dev eth0\n")?;
-    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
-    let ping = lab.ping("pod1", POD2.parse()?, 2, &[])?;
-    ensure!(ping.raw.contains("Destination Host Unreachable"), "{}", ping.raw);
-    let packets = watch.stop()?.packets()?;
-    let pings = pings(&packets);
-    ensure!(pings.len() == 2, "{packets:#?}");
-    for packet in pings {
-        unreachable(packet, "minikube", "192.168.49.2", 1)?;
-    }
-    Ok(())
+    pinged_in_vain(&lab, "minikube", "192.168.49.2", 1)
 }
 
 /// Takes away what the second node knows of pod 2, which then answers as it is told.
@@ -103,16 +108,7 @@ fn forget_pod(lab: &Lab, times: &'static str) -> Result<()> {
 fn pod() -> Result<()> {
     let lab = Lab::up(&quiet())?;
     forget_pod(&lab, "3")?;
-    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
-    let ping = lab.ping("pod1", POD2.parse()?, 2, &[])?;
-    ensure!(ping.raw.contains("Destination Host Unreachable"), "{}", ping.raw);
-    let packets = watch.stop()?.packets()?;
-    let pings = pings(&packets);
-    ensure!(pings.len() == 2, "{packets:#?}");
-    for packet in pings {
-        unreachable(packet, "minikube-m02", "10.244.205.192", 2)?;
-    }
-    Ok(())
+    pinged_in_vain(&lab, "minikube-m02", "10.244.205.192", 2)
 }
 
 /// One that answers late: the packet is held at its node meanwhile, and its trace says so.

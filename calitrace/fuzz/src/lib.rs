@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use calitrace::event::{
     Detail, DropNames, EncapKind, Hook, NetfilterVerdict, Observation, Quoted, QuotedTransport, Transport,
 };
-use calitrace_ebpf::{Encapsulated, Flags, Full, Kind, Outer, Plain, Tail, TunnelKind};
+use calitrace_ebpf::{Encapsulated, Flags, Full, Kind, Outer, Plain, TunnelKind};
 
 /// Names of a drop from which its numbers can be had again.
 pub struct Numbers;
@@ -74,54 +74,33 @@ pub fn record(observation: &Observation) -> Vec<u8> {
 fn header(observation: &Observation) -> Full {
     let packet = &observation.packet;
     let flag = |is_set: bool, flag: u8| if is_set { flag } else { 0 };
+    let plain = Plain {
+        hook: observation.hook as u8,
+        flags: flag(packet.dont_fragment, Flags::DF)
+            | flag(packet.more_fragments, Flags::MF)
+            | flag(is_v6(observation), Flags::V6),
+        proto: packet.proto,
+        cpu: observation.cpu,
+        ttl: packet.ttl,
+        tos: packet.tos,
+        time: observation.time,
+        skb: observation.skb,
+        head: observation.head,
+        netns: observation.netns,
+        ifindex: observation.ifindex,
+        length: packet.length,
+        src: address(packet.src),
+        dst: address(packet.dst),
+        ip_id: packet.ip_id,
+        frag_off: u16::try_from(packet.fragment_offset / 8).unwrap_or(u16::MAX),
+        gso_size: packet.gso_size,
+        gso_segs: packet.gso_segs,
+        digest: packet.digest,
+        ..Plain::default()
+    };
     Full {
-        plain: Plain {
-            kind: 0,
-            hook: observation.hook as u8,
-            flags: flag(packet.dont_fragment, Flags::DF)
-                | flag(packet.more_fragments, Flags::MF)
-                | flag(is_v6(observation), Flags::V6),
-            proto: packet.proto,
-            cpu: observation.cpu,
-            ttl: packet.ttl,
-            tos: packet.tos,
-            time: observation.time,
-            skb: observation.skb,
-            head: observation.head,
-            netns: observation.netns,
-            ifindex: observation.ifindex,
-            length: packet.length,
-            src: address(packet.src),
-            dst: address(packet.dst),
-            sport: 0,
-            dport: 0,
-            ip_id: packet.ip_id,
-            frag_off: u16::try_from(packet.fragment_offset / 8).unwrap_or(u16::MAX),
-            gso_size: packet.gso_size,
-            gso_segs: packet.gso_segs,
-            tcp_flags: 0,
-            pad0: 0,
-            seq: 0,
-            ack: 0,
-            window: 0,
-            outer_length: 0,
-            tsval: 0,
-            payload: 0,
-            reason: 0,
-            digest: packet.digest,
-        },
-        outer: Outer {
-            src: [0; 16],
-            dst: [0; 16],
-            kind: 0,
-            ttl: 0,
-            ip_id: 0,
-            vni: 0,
-        },
-        tail: Tail {
-            location: 0,
-            quoted_dst: [0; 16],
-        },
+        plain,
+        ..Full::default()
     }
 }
 

@@ -8,7 +8,7 @@ use crate::{
         Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Joint, PacketTrace, SightedEncap, Sighting,
         Verdict,
     },
-    event::{EncapKind, Packet, Transport},
+    event::{EncapKind, Packet, Transport, sample},
 };
 
 pub(crate) const POD_1: &str = "default/busybox-f5945bfb5-mw26t";
@@ -26,18 +26,9 @@ pub(crate) fn delivered(start: u64, transport: Transport) -> PacketTrace {
     let packet = Packet {
         src: src.parse().unwrap(),
         dst: dst.parse().unwrap(),
-        proto,
-        ttl: 64,
-        tos: 0,
         ip_id: 7,
-        length: 84,
         dont_fragment: true,
-        more_fragments: false,
-        fragment_offset: 0,
-        transport,
-        digest: 0,
-        gso_size: 0,
-        gso_segs: 0,
+        ..sample::packet(proto, 84, transport)
     };
     PacketTrace {
         version: 1,

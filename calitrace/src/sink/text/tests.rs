@@ -103,9 +103,8 @@ fn a_dropped_packet_ends_with_where_and_why() {
     "#);
 }
 
-#[test]
-fn a_retransmission_is_called_one() {
-    let transport = Transport::Tcp {
+fn segment(payload: u32) -> Transport {
+    Transport::Tcp {
         src_port: 40_000,
         dst_port: 80,
         seq: 1,
@@ -113,9 +112,13 @@ fn a_retransmission_is_called_one() {
         flags: 16,
         window: 500,
         tsval: None,
-        payload: 100,
-    };
-    let mut again = sample::delivered(0, transport);
+        payload,
+    }
+}
+
+#[test]
+fn a_retransmission_is_called_one() {
+    let mut again = sample::delivered(0, segment(100));
     again.retransmit = Some(2);
     let text = printed([again]);
     assert!(text.contains("   TCP retransmit 2   1 packet"), "{text}");
@@ -123,24 +126,14 @@ fn a_retransmission_is_called_one() {
 
 #[test]
 fn a_segment_without_data_is_called_what_it_is() {
-    let transport = Transport::Tcp {
-        src_port: 40_000,
-        dst_port: 80,
-        seq: 1,
-        ack: 1,
-        flags: 16,
-        window: 500,
-        tsval: None,
-        payload: 0,
-    };
-    for (segment, dup_ack, title) in [
+    for (kind, dup_ack, title) in [
         (Segment::KeepAlive, None, "TCP keep-alive"),
         (Segment::KeepAliveAck, None, "TCP keep-alive ack"),
         (Segment::DupAck, Some(3), "TCP dup ack 3"),
         (Segment::Ack, None, "TCP ack"),
     ] {
-        let mut trace = sample::delivered(0, transport.clone());
-        (trace.segment, trace.dup_ack) = (Some(segment), dup_ack);
+        let mut trace = sample::delivered(0, segment(0));
+        (trace.segment, trace.dup_ack) = (Some(kind), dup_ack);
         let text = printed([trace]);
         assert!(text.contains(&format!("   {title}   1 packet")), "{text}");
     }

@@ -9,7 +9,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, RecvError, channel},
+        mpsc::{Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
@@ -45,6 +45,8 @@ const SETTLE: Duration = Duration::from_millis(20);
 
 /// Functions of modules that were not loaded are tried again this often.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How long the rules of the nodes found at start are waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long drops are still observed after the last interface is not.
 const LAST_DROPS: Duration = Duration::from_millis(60);
 
@@ -107,7 +109,9 @@ pub(super) struct Control {
     settings: Settings,
     messages: UnboundedSender<Message>,
     signals: Signals,
-    rules: Option<Reader>,
+    rules: Reader,
+    /// Closed when the rules of the nodes that came last were read.
+    rules_read: Option<Receiver<()>>,
     views: Vec<NodeView>,
     monitors: FxHashMap<Netns, Monitor>,
     pub(super) sites: FxHashMap<Site, String>,
@@ -129,13 +133,14 @@ impl Control {
         views: Vec<NodeView>,
         messages: UnboundedSender<Message>,
         signals: Signals,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        Ok(Self {
             kernel,
             settings,
+            rules: Reader::start(messages.clone())?,
+            rules_read: None,
             messages,
             signals,
-            rules: None,
             views,
             monitors: FxHashMap::default(),
             sites: FxHashMap::default(),
@@ -143,7 +148,7 @@ impl Control {
             looked: (BTreeSet::new(), Instant::now()),
             tried: Instant::now(),
             warned: BTreeSet::new(),
-        }
+        })
     }
 
     /// Attaches, watches and repairs until stopped; then detaches everything and gives the programs back, so that the
@@ -166,8 +171,6 @@ impl Control {
     fn observe(&mut self) -> Result<()> {
         self.send(Message::Fact(Fact::Clock(clock::both())));
         let found = std::mem::take(&mut self.views);
-        self.rules = Some(Reader::start(self.messages.clone())?);
-        let rules_read = self.read_rules(&found);
         self.adopt(found)?;
         self.kernel
             .attach_global()
@@ -176,8 +179,12 @@ impl Control {
         // Whose programs stand beside ours.
         self.check();
         self.attach_functions()?;
-        // What is dropped from now on is named. It ends when the reader has let go of its end.
-        let _: Result<(), RecvError> = rules_read.recv();
+        // What is dropped from now on is named, unless reading takes too long. Nothing is ever sent.
+        if let Some(read) = self.rules_read.take()
+            && read.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout)
+        {
+            log::warn!("policies that drop are not named yet: reading netfilter's rules takes long");
+        }
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
         while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
@@ -218,25 +225,13 @@ impl Control {
             self.look_again(&unnamed)?;
         }
         if self.signals.rules_asked.swap(false, Ordering::Relaxed) {
-            drop(self.read_rules(&self.views));
+            self.rules_read = Some(self.rules.read(self.views.iter().map(wanted).collect()));
         }
         if self.tried.elapsed() >= AGAIN {
             self.tried = Instant::now();
             self.attach_functions()?;
         }
         self.attach()
-    }
-
-    /// Has the netfilter rules of these nodes read; what comes back is closed when they are.
-    fn read_rules(&self, views: &[NodeView]) -> Receiver<()> {
-        let wanted = views.iter().map(|view| Wanted {
-            handle: view.handle.clone(),
-            name: view.node.name.clone(),
-        });
-        match &self.rules {
-            Some(reader) => reader.read(wanted.collect()),
-            None => channel().1,
-        }
     }
 
     /// Looks again at the nodes that said they changed.
@@ -284,6 +279,11 @@ impl Control {
                 self.send(Message::Fact(fact));
             }
             self.send(Message::Gone(gone.netns()));
+        }
+        let is_new = |view: &&NodeView| !self.monitors.contains_key(&view.netns());
+        let new: Vec<Wanted> = found.iter().filter(is_new).map(wanted).collect();
+        if !new.is_empty() {
+            self.rules_read = Some(self.rules.read(new));
         }
         let mut unwatched = Vec::new();
         for view in &found {
@@ -463,5 +463,12 @@ impl Control {
         if self.messages.send(message).is_err() {
             log::debug!("nobody listens to the control thread any more");
         }
+    }
+}
+
+fn wanted(view: &NodeView) -> Wanted {
+    Wanted {
+        handle: view.handle.clone(),
+        name: view.node.name.clone(),
     }
 }

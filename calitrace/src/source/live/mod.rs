@@ -122,7 +122,7 @@ impl Live {
             stop: Arc::clone(&halt),
             rules_asked: Arc::clone(&rules_asked),
         };
-        let control = Control::new(self.kernel, settings, self.views, sender, signals);
+        let control = Control::new(self.kernel, settings, self.views, sender, signals)?;
         let control = std::thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || control.run())

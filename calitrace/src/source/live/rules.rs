@@ -1,4 +1,5 @@
-//! Reads the netfilter rules of nodes, on a thread of its own: ten thousand rules take a tenth of a second.
+//! Reads the netfilter rules of nodes, on a thread of its own: twelve thousand rules take 0.1 s (`iptables-nft-save`
+//! 1.8.9), and another 30 ms to parse.
 //!
 //! Rules are read by `iptables-save` and its like, which change nothing. Legacy tables are asked for only where there are
 //! some: asking would load their modules.
@@ -9,7 +10,6 @@ use std::{
     io::ErrorKind,
     process::{Command, Stdio},
     sync::mpsc::{Receiver, Sender, channel},
-    thread::JoinHandle,
 };
 
 use anyhow::{Context as _, Result, bail};
@@ -60,57 +60,39 @@ pub(super) struct Wanted {
     pub(super) name: String,
 }
 
-/// The reading thread. It ends with its owner.
+/// The reading thread. It ends when this is dropped, after what it is at: nobody has to wait for a tool that hangs.
 #[derive(Debug)]
-pub(super) struct Reader {
-    requests: Option<Sender<(Vec<Wanted>, Sender<()>)>>,
-    thread: Option<JoinHandle<()>>,
-}
+pub(super) struct Reader(Sender<Request>);
+
+/// Nodes, and what is dropped when their rules were read.
+type Request = (Vec<Wanted>, Sender<()>);
 
 impl Reader {
     pub(super) fn start(messages: UnboundedSender<Message>) -> Result<Self> {
         let (requests, taken) = channel();
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("rules".to_owned())
             .spawn(move || serve(&taken, &messages))
             .context("start the thread that reads netfilter rules")?;
-        Ok(Self {
-            requests: Some(requests),
-            thread: Some(thread),
-        })
+        Ok(Self(requests))
     }
 
     /// Has the rules of these nodes read. What comes back is closed when that is done.
     pub(super) fn read(&self, nodes: Vec<Wanted>) -> Receiver<()> {
         let (done, waits) = channel();
-        if let Some(requests) = &self.requests
-            && requests.send((nodes, done)).is_err()
-        {
+        if self.0.send((nodes, done)).is_err() {
             log::debug!("the thread that reads netfilter rules is gone");
         }
         waits
     }
 }
 
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.requests = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::debug!("the thread that reads netfilter rules panicked");
-        }
-    }
-}
-
-type Request = (Vec<Wanted>, Sender<()>);
-
 fn serve(requests: &Receiver<Request>, messages: &UnboundedSender<Message>) {
     let mut known: HashMap<(Netns, &str), String> = HashMap::new();
     let mut warned = false;
-    // Ends when the reader is dropped.
     while let Ok((nodes, _done)) = requests.recv() {
         for node in &nodes {
+            let netns = node.handle.inode();
             for tool in &TOOLS {
                 let time = clock::monotonic();
                 let (used, text) = match node.handle.run(|| rules(tool)) {
@@ -118,7 +100,7 @@ fn serve(requests: &Receiver<Request>, messages: &UnboundedSender<Message>) {
                     Ok(None) => continue,
                     Err(error) => {
                         let what = format!(
-                            "policies that drop on node {} are not named: its netfilter rules cannot be read: {error:#}",
+                            "policies that drop on node {} are not named: {error:#}",
                             node.name
                         );
                         if std::mem::replace(&mut warned, true) {
@@ -129,9 +111,8 @@ fn serve(requests: &Receiver<Request>, messages: &UnboundedSender<Message>) {
                         continue;
                     }
                 };
-                let netns = node.handle.inode();
-                let before = known.get(&(netns, used));
-                if before.is_some_and(|before| *before == text) || (before.is_none() && text.is_empty()) {
+                let before = known.get(&(netns, used)).map_or("", String::as_str);
+                if before == text {
                     continue;
                 }
                 known.insert((netns, used), text.clone());
@@ -150,7 +131,7 @@ fn serve(requests: &Receiver<Request>, messages: &UnboundedSender<Message>) {
     }
 }
 
-/// What the tool shows in the namespace of this thread, and its name; `None` if it is not there, or has nothing to show.
+/// What the tool shows in the namespace of this thread, and its name; `None` if there is nothing to show.
 fn rules(tool: &Tool) -> Result<Option<(&'static str, String)>> {
     if let Some(list) = tool.tables {
         match fs::read_to_string(list) {
@@ -178,10 +159,7 @@ fn rules(tool: &Tool) -> Result<Option<(&'static str, String)>> {
             without_counters(&String::from_utf8_lossy(&output.stdout)),
         )));
     }
-    if tool.tables.is_some() {
-        bail!("none of {} is installed", tool.names.join(", "));
-    }
-    Ok(None)
+    bail!("neither {} is on the path", tool.names.join(" nor "));
 }
 
 /// The rules alone: counters change with every packet, and comment lines have the time.
