@@ -15,6 +15,10 @@ use crate::support::{Finished, Watch, binary, goes, path, quiet, with};
 pub(crate) const TESTS: &[Test] = &[
     test("capabilities_instead_of_root", capabilities_only),
     test("each_missing_capability_is_named", each_missing),
+    test(
+        "without_iptables_save_policies_have_no_names",
+        without_iptables_save,
+    ),
     test("hidden_symbols_cost_a_line", hidden_symbols).needs(&[Need::Guest]),
     // The last of all, since it cannot be undone.
     test("a_kernel_locked_down_still_shows_paths", locked_down).needs(&[Need::Lockdown]),
@@ -204,6 +208,33 @@ fn three_delivered_and_one_denied(lab: &Lab) -> Result<(Finished, Vec<Value>)> {
         ensure!(path(packet) == expected, "{packet:#}");
     }
     Ok((finished, packets))
+}
+
+/// Nothing shows the rules: a line says so, and the drop is told of without a name.
+fn without_iptables_save() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let pod2 = lab.pod("pod2")?;
+    lab.set_policy("pod2", Policy::Deny)?;
+    let empty = tempfile::tempdir().context("make a folder")?;
+    let mut command = Command::new(binary()?);
+    command
+        .arg("watch")
+        .args(with(&lab, &["-o", "json", "--dropped"]));
+    command.env("PATH", empty.path());
+    let watch = Watch::spawn(command)?;
+    lab.ping("pod1", pod2.ip(), 1, &[])?;
+    let finished = watch.stop()?;
+    ensure!(lines_with(&finished, "iptables-save") == 1, "{}", finished.stderr);
+    let packets = finished.packets()?;
+    let to = pod2.address.to_string();
+    let denied = packets.iter().find(|packet| packet["flow"]["dst"] == to.as_str());
+    let drop = &denied.context("the drop")?["drop"];
+    ensure!(
+        drop["node"] == "minikube-m02" && drop["policy"].is_null(),
+        "{drop:#}"
+    );
+    ensure!(drop["culprits"] == Value::from(Vec::<Value>::new()), "{drop:#}");
+    Ok(())
 }
 
 fn lines_with(finished: &Finished, word: &str) -> usize {

@@ -131,7 +131,7 @@ pub struct DropReport {
     pub interface: Option<Name>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
-    /// The Calico policy, where it is known to be this one.
+    /// The Calico policy, where the rules, as they were read last, leave no doubt.
     pub policy: Option<Name>,
     /// The netfilter rules that may have dropped it: one where that is certain, none where it is not known or netfilter
     /// did not.
