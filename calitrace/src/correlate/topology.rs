@@ -71,6 +71,17 @@ struct NodeInfo {
     rules: BTreeMap<String, (bool, Ruleset)>,
 }
 
+impl NodeInfo {
+    /// Whether an IPAM block of the node has the address: such a block is a blackhole in its routes.
+    fn has_block(&self, address: IpAddr) -> bool {
+        let mut blocks = self
+            .routes
+            .iter()
+            .filter(|route| route.kind == RouteKind::Blackhole);
+        blocks.any(|route| route.prefix.contains(&address))
+    }
+}
+
 #[derive(Debug)]
 struct PodInfo {
     node: Netns,
@@ -429,14 +440,8 @@ impl Topology {
     pub(super) fn is_recorded(&self, cluster: u32, flow: &Flow) -> bool {
         let is_pods = |address| self.is_service(address) || self.owner(cluster, address).is_some();
         let in_block = |address: IpAddr| {
-            let blocks = |info: &NodeInfo| {
-                let mut blocks = info
-                    .routes
-                    .iter()
-                    .filter(|route| route.kind == RouteKind::Blackhole);
-                info.cluster == Some(cluster) && blocks.any(|route| route.prefix.contains(&address))
-            };
-            self.nodes.values().any(blocks)
+            let mut nodes = self.nodes.values();
+            nodes.any(|info| info.cluster == Some(cluster) && info.has_block(address))
         };
         let is_node_port = |port| matches!(flow.proto, 6 | 17) && NODE_PORTS.contains(&port);
         is_pods(flow.src)
@@ -450,12 +455,7 @@ impl Topology {
     /// The other node of `cluster` whose pod or block has `address`.
     fn home(&self, cluster: u32, node: Netns, address: IpAddr) -> Next {
         let has_block = |(netns, info): (&Netns, &NodeInfo)| {
-            let mut blocks = info
-                .routes
-                .iter()
-                .filter(|route| route.kind == RouteKind::Blackhole);
-            let found = info.cluster == Some(cluster) && blocks.any(|route| route.prefix.contains(&address));
-            found.then_some(*netns)
+            (info.cluster == Some(cluster) && info.has_block(address)).then_some(*netns)
         };
         let owner = self.owner(cluster, address).map(|owner| owner.node);
         let home = owner.or_else(|| self.nodes.iter().find_map(has_block));

@@ -7,13 +7,13 @@
 //! Of packets with the same content, and of merged segments, nothing tells which is which. But the first that came is no earlier
 //! than the first that left; so within that interval the estimate goes where they, too, arrive after they left.
 
-use rustc_hash::FxHashMap;
+mod crossings;
+mod range;
 
-use super::key;
-use crate::event::{Hook, Observation};
+pub use crossings::Crossings;
+use crossings::{Noted, Packets};
+use range::{MaxKnown as _, Range};
 
-/// Packets of one direction that are kept of each machine; of more, a sample that is the same on all machines.
-const KEPT: usize = 1 << 17;
 /// Two sightings that are further from the usual difference than this are not of one packet: none is under way that long,
 /// and clocks do not run apart that far in a capture.
 const STRAY: i64 = 4_000_000_000;
@@ -21,62 +21,6 @@ const STRAY: i64 = 4_000_000_000;
 const SPAN: u64 = 1_000_000_000;
 /// A line through the middles of fewer spans than this is chance.
 const SPANS: usize = 10;
-/// With packets of one direction only: so much earlier than it arrived, at least, the fastest left.
-const SHORTEST: i64 = 1_000;
-
-/// What left and reached the nodes of one machine, and when.
-#[derive(Debug, Default)]
-pub struct Crossings {
-    left: Packets,
-    came: Packets,
-    /// So many bits of a key are zero of what is kept.
-    level: u32,
-}
-
-/// By content.
-type Packets = FxHashMap<u64, Noted>;
-
-/// A packet, or the end of one, as one machine saw it.
-#[derive(Clone, Copy, Debug)]
-struct Noted {
-    /// When it was seen first.
-    time: u64,
-    /// At the uplinks.
-    uplink: bool,
-    /// Nothing else had the same content.
-    sole: bool,
-}
-
-impl Crossings {
-    /// Takes note of an observation.
-    pub fn note(&mut self, observation: &Observation) {
-        use Hook::{TunnelEgress, TunnelIngress, UplinkEgress, UplinkIngress};
-        let (packets, uplink) = match observation.hook {
-            UplinkEgress | TunnelEgress => (&mut self.left, observation.hook == UplinkEgress),
-            UplinkIngress | TunnelIngress => (&mut self.came, observation.hook == UplinkIngress),
-            _ => return,
-        };
-        let packet = &observation.packet;
-        let whole = (key::crossing(uplink, packet), true);
-        let end = key::crossing_end(uplink, packet).map(|key| (key, false));
-        let time = observation.time;
-        for (key, sole) in [Some(whole), end].into_iter().flatten() {
-            if key.leading_zeros() >= self.level {
-                let noted = packets.entry(key).and_modify(|noted| {
-                    noted.time = noted.time.min(time);
-                    noted.sole = false;
-                });
-                noted.or_insert(Noted { time, uplink, sole });
-            }
-        }
-        while self.left.len().max(self.came.len()) > KEPT {
-            self.level += 1;
-            for packets in [&mut self.left, &mut self.came] {
-                packets.retain(|key, _| key.leading_zeros() >= self.level);
-            }
-        }
-    }
-}
 
 /// When a packet was seen there, and by how much that is later than here, as the two clocks show it.
 #[derive(Clone, Copy, Debug)]
@@ -253,79 +197,6 @@ impl Offset {
     /// The estimate is wrong by so many nanoseconds at most; none if packets went one way only.
     pub fn bound(&self) -> Option<u64> {
         self.bound
-    }
-}
-
-/// What the packets of a span leave possible.
-#[derive(Clone, Copy, Debug, Default)]
-struct Range {
-    least: Option<i64>,
-    most: Option<i64>,
-}
-
-impl Range {
-    fn with(self, difference: i64, from_here: bool) -> Self {
-        if from_here {
-            let most = Some(self.most.map_or(difference, |most| most.min(difference)));
-            Self { most, ..self }
-        } else {
-            let least = self.least.max(Some(difference));
-            Self { least, ..self }
-        }
-    }
-
-    fn is_contradiction(self) -> bool {
-        // Each packet takes some time.
-        matches!((self.least, self.most), (Some(least), Some(most)) if most.saturating_sub(least) < 2)
-    }
-
-    fn middle(self) -> i64 {
-        match (self.least, self.most) {
-            (Some(least), Some(most)) => least + (most - least) / 2,
-            (Some(least), None) => least + SHORTEST,
-            (None, Some(most)) => most - SHORTEST,
-            (None, None) => 0,
-        }
-    }
-
-    fn closest_to(self, ahead: i64) -> i64 {
-        let ahead = self.least.map_or(ahead, |least| ahead.max(least + SHORTEST));
-        self.most.map_or(ahead, |most| ahead.min(most - SHORTEST))
-    }
-
-    /// The value nearest to `ahead` that leaves time under way; as it is if nothing can be right.
-    fn towards(self, ahead: i64) -> i64 {
-        match (self.least, self.most) {
-            (Some(least), Some(most)) if least > most => ahead,
-            (Some(least), Some(most)) if most - least < 2 * SHORTEST => least + (most - least) / 2,
-            _ => self.closest_to(ahead),
-        }
-    }
-
-    /// The nearest value that is possible.
-    fn nearest(self, ahead: i64) -> i64 {
-        let ahead = self.least.map_or(ahead, |least| ahead.max(least + 1));
-        self.most.map_or(ahead, |most| ahead.min(most - 1))
-    }
-
-    /// By how much `ahead` is wrong at most.
-    fn error_of(self, ahead: i64) -> Option<u64> {
-        Some((self.most? - ahead).max(ahead - self.least?).unsigned_abs())
-    }
-
-    fn half(self) -> Option<u64> {
-        Some((self.most? - self.least?).unsigned_abs().div_ceil(2))
-    }
-}
-
-trait MaxKnown {
-    fn max_known(self, other: Self) -> Self;
-}
-
-impl MaxKnown for Option<u64> {
-    /// The larger, none if one is not known.
-    fn max_known(self, other: Self) -> Self {
-        Some(self?.max(other?))
     }
 }
 
