@@ -43,9 +43,12 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
             let uplink = matches!(hook.place(), Place::Uplink);
             parse::glance(skb, protocol == parse::ETH_P_IPV6, uplink)
         };
-        // Translated, it has a pod's address no more; on its way in, conntrack has not seen it yet.
+        // Translated, it has a pod's address no more; on its way in, conntrack has not seen it yet. What the node sends
+        // itself (most that is out of scope, and all that is encapsulated) came from no device, and is not looked up.
         let glance = if HOOK == Hook::UplinkEgress as u8
             && matches!(glance, Glance::OutOfScope | Glance::Carrier)
+            // SAFETY: a field of the program's context.
+            && unsafe { (*skb).ingress_ifindex } != 0
             && conntrack::in_scope(ctx.as_ptr() as u64)
         {
             Glance::InScope

@@ -67,6 +67,14 @@ pub(super) enum Glance {
     Unclear,
 }
 
+/// An IP header without options, and where ports are behind it: one call of a helper, which costs more than its bytes.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Beginning<T> {
+    header: T,
+    ports: [u8; 4],
+}
+
 /// Looks at the IP header and the ports only. Most packets at an uplink are none of ours, and this is all they cost.
 #[inline(always)]
 pub(super) fn glance(skb: *mut __sk_buff, v6: bool, uplink: bool) -> Glance {
@@ -80,7 +88,7 @@ pub(super) fn glance(skb: *mut __sk_buff, v6: bool, uplink: bool) -> Glance {
 
 #[inline(always)]
 fn glance_v4(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
-    let header: Ipv4Hdr = view::beginning(skb, 0)?;
+    let Beginning::<Ipv4Hdr> { header, ports } = view::beginning(skb, 0)?;
     // No options, and no length that says something else than usual.
     if header.vihl != 0x45 || u16::from_be_bytes(header.tot_len) < 20 {
         return None;
@@ -88,41 +96,35 @@ fn glance_v4(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
     if account::in_scope_v4(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(skb, header.proto, 20, uplink))
+    Some(carries(header.proto, ports, uplink))
 }
 
 #[inline(always)]
 fn glance_v6(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
-    let header: Ipv6Hdr = view::beginning(skb, 0)?;
+    let Beginning::<Ipv6Hdr> { header, ports } = view::beginning(skb, 0)?;
     if header.vcf[0] >> 4 != 6 || header.payload_len == [0; 2] {
         return None;
     }
     if account::in_scope_v6(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(skb, header.next_hdr, 40, uplink))
+    Some(carries(header.next_hdr, ports, uplink))
 }
 
 /// Whether it can be a tunnel's packet, or an ICMP error about one, or has further headers; or leads to a service by a
 /// port of the node.
 #[inline(always)]
-fn carries(skb: *mut __sk_buff, proto: u8, transport: u32, uplink: bool) -> Glance {
-    match proto {
-        IPPROTO_TCP if !uplink => Glance::OutOfScope,
-        IPPROTO_TCP | IPPROTO_UDP => {
-            let Some([a, b, c, d]) = view::beginning::<[u8; 4]>(skb, transport) else {
-                return Glance::Carrier;
-            };
-            let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
-            if proto == IPPROTO_UDP && u32::from(destination) == VXLAN_PORT.load() {
-                Glance::Carrier
-            } else if uplink && (NODE_PORTS.contains(&source) || NODE_PORTS.contains(&destination)) {
-                Glance::InScope
-            } else {
-                Glance::OutOfScope
-            }
-        }
-        _ => Glance::Carrier,
+fn carries(proto: u8, [a, b, c, d]: [u8; 4], uplink: bool) -> Glance {
+    if proto != IPPROTO_TCP && proto != IPPROTO_UDP {
+        return Glance::Carrier;
+    }
+    let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+    if proto == IPPROTO_UDP && u32::from(destination) == VXLAN_PORT.load() {
+        Glance::Carrier
+    } else if uplink && (NODE_PORTS.contains(&source) || NODE_PORTS.contains(&destination)) {
+        Glance::InScope
+    } else {
+        Glance::OutOfScope
     }
 }
 
