@@ -119,8 +119,12 @@ fn out_of_order(mut items: Vec<Item>) -> Vec<Item> {
 }
 
 fn correlate(items: &[Item]) -> String {
+    let drain_period = match items.first() {
+        Some(Item::Header(header)) => header.drain_period,
+        _ => DRAIN_PERIOD,
+    };
     let mut correlator = Correlator::new(Config {
-        drain_period: DRAIN_PERIOD,
+        drain_period,
         ..Config::default()
     });
     let mut traces = Vec::new();

@@ -13,6 +13,8 @@ use tempfile::TempDir;
 /// The clock of the second machine shows this much more, and its time of day is wrong by half a second.
 const AHEAD: u64 = 3_700_000_000;
 const WRONG: u64 = 500_000_000;
+/// The first machine had no time to write down its first observations for so long.
+const STANDSTILL: u64 = 200_000_000;
 
 /// The logs of the two machines.
 #[derive(Debug)]
@@ -78,7 +80,7 @@ pub(crate) fn split(items: &[Item]) -> Result<Option<Logs>> {
         };
         log.write(&Item::Header(header))?;
         // What no known namespace saw (the device is forgotten already) is seen where its `sk_buff` was seen last.
-        let mut skbs = HashMap::new();
+        let (mut skbs, mut stood_still) = (HashMap::new(), false);
         for item in items {
             let mut at = netns_of(item).map(|netns| machine_of(netns).unwrap_or(0));
             if let Item::Observation(observation) = item {
@@ -88,6 +90,14 @@ pub(crate) fn split(items: &[Item]) -> Result<Option<Logs>> {
                 }
             }
             if at.is_none_or(|at| at == machine) {
+                if machine == 0
+                    && let Item::Observation(observation) = item
+                    && !std::mem::replace(&mut stood_still, true)
+                {
+                    log.write(&Item::Tick {
+                        time: observation.time + STANDSTILL,
+                    })?;
+                }
                 log.write(&if machine == 0 {
                     item.clone()
                 } else {

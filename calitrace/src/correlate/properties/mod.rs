@@ -238,7 +238,8 @@ proptest! {
             return Ok(());
         }
         let traces = correlate(&walked, encap, &capture, 0);
-        prop_assert_eq!(traces.len(), all.len());
+        let told = || traces.iter().map(|trace| tell(trace, &walked)).collect::<Vec<_>>().join("\n");
+        prop_assert_eq!(traces.len(), all.len(), "{}", told());
         for trace in &traces {
             let number = whole(trace, &walked)?;
             prop_assert_eq!(trace.verdict, due(&all[number].0), "{}", tell(trace, &walked));
