@@ -58,7 +58,7 @@ pub enum TunnelKind {
 
 /// What every record has.
 ///
-/// | field | TCP | UDP | ICMP echo | ICMP error | other ICMP |
+/// | field | TCP | UDP, SCTP | ICMP echo | ICMP error | other ICMP |
 /// | --- | --- | --- | --- | --- | --- |
 /// | `sport` | source port | source port | type << 8 \| code | type << 8 \| code | type << 8 \| code |
 /// | `dport` | destination port | destination port | 0 | quoted protocol << 8 \| quoted TTL | 0 |
@@ -70,8 +70,8 @@ pub enum TunnelKind {
 /// | `digest` | 0 | digest | digest | 0 | digest |
 ///
 /// The source address of a quoted packet is the error's own destination; its destination is in [`Tail::quoted_dst`].
-/// Other protocols have zero ports and a digest of their first bytes (SCTP: of its first chunk, as NAT rewrites the
-/// ports and checksum before it). A later fragment has a digest of its first bytes.
+/// Other protocols have zero ports and a digest of their first bytes. So has a later fragment. SCTP's payload, and its digest,
+/// begin at its first chunk.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Plain {

@@ -34,8 +34,7 @@ pub(super) fn header<V: View>(view: &V, draft: &mut Draft) {
             IPPROTO_UDP => udp(view, draft),
             IPPROTO_ICMP if !v6 => icmp(view, v6, draft),
             IPPROTO_ICMPV6 if v6 => icmp(view, v6, draft),
-            // NAT rewrites the first and the last four of SCTP's twelve bytes: ports and checksum.
-            IPPROTO_SCTP => digest_from(draft, draft.transport + 12),
+            IPPROTO_SCTP => sctp(view, draft),
             _ => digest_from(draft, draft.transport),
         }
     };
@@ -115,6 +114,18 @@ fn udp<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
     plain.dport = u16::from_be_bytes(udp.dst);
     plain.payload = plain.payload.saturating_sub(8);
     digest_from(draft, draft.transport + 8)
+}
+
+/// Ports, and a digest from the first chunk on: NAT rewrites the first and the last four of the twelve bytes before it, ports
+/// and checksum (RFC 9260, 3.1).
+#[inline(always)]
+fn sctp<V: View>(view: &V, draft: &mut Draft) -> Option<()> {
+    let [a, b, c, d]: [u8; 4] = view.load(draft.transport)?;
+    let plain = &mut draft.record.plain;
+    plain.sport = u16::from_be_bytes([a, b]);
+    plain.dport = u16::from_be_bytes([c, d]);
+    plain.payload = plain.payload.saturating_sub(12);
+    digest_from(draft, draft.transport + 12)
 }
 
 #[inline(always)]

@@ -142,6 +142,11 @@ fn transport(observation: &Observation, full: &mut Full) {
             src_port,
             dst_port,
             payload,
+        }
+        | Transport::Sctp {
+            src_port,
+            dst_port,
+            payload,
         } => {
             (plain.sport, plain.dport, plain.payload) = (*src_port, *dst_port, *payload);
         }
@@ -188,7 +193,9 @@ fn quote(quoted: &Quoted, is_v6: bool, full: &mut Full) {
             plain.seq = word(src_port, dst_port);
             plain.ack = seq;
         }
-        QuotedTransport::Udp { src_port, dst_port } => plain.seq = word(src_port, dst_port),
+        QuotedTransport::Udp { src_port, dst_port } | QuotedTransport::Sctp { src_port, dst_port } => {
+            plain.seq = word(src_port, dst_port);
+        }
         QuotedTransport::Echo { reply, id, seq } => {
             plain.seq = word(id, seq);
             plain.ack = u32::from(echo_type(is_v6, reply)) << 8;

@@ -139,7 +139,9 @@ fn states(proto: u8, transport: &Transport) -> States {
     const ACK: u8 = 16;
     match transport {
         Transport::Tcp { flags, .. } if flags & (SYN | ACK) == SYN => States::OPENING,
-        Transport::Udp { .. } | Transport::Echo { reply: false, .. } => States::OPENING,
+        Transport::Udp { .. } | Transport::Sctp { .. } | Transport::Echo { reply: false, .. } => {
+            States::OPENING
+        }
         // Segments amid a connection, answers, errors: without their connection they may be invalid.
         Transport::Tcp { .. }
         | Transport::Echo { .. }

@@ -150,7 +150,7 @@ impl Part {
                 quoted_seq: match quoted.transport {
                     QuotedTransport::Tcp { seq, .. } => seq,
                     QuotedTransport::Echo { seq, .. } => seq.into(),
-                    QuotedTransport::Udp { .. } | QuotedTransport::Other => 0,
+                    QuotedTransport::Udp { .. } | QuotedTransport::Sctp { .. } | QuotedTransport::Other => 0,
                 },
             },
             Transport::Icmp {
@@ -164,7 +164,8 @@ impl Part {
                 ip_id,
                 digest,
             },
-            Transport::Other => Self::Other {
+            // NAT changes the ports of SCTP, which are not in the packet part.
+            Transport::Sctp { .. } | Transport::Other => Self::Other {
                 ip_id,
                 length: packet.length,
                 digest,
@@ -296,14 +297,19 @@ pub(super) fn reference(cluster: u32, flow: &Flow, tag: u32) -> u64 {
 /// devices.
 ///
 /// TCP data goes by its first byte, which cutting and merging leave in front; IP id and timestamp tell what is sent again
-/// from the first time it was.
+/// from the first time it was. UDP goes by its first datagram, too.
 pub(super) fn crossing(uplink: bool, packet: &Packet) -> u64 {
     let flow = packet.flow();
     let key = match packet.transport {
         Transport::Tcp {
             seq, payload, tsval, ..
         } if payload > 0 => hash(&(uplink, flow, seq, packet.ip_id, tsval)),
-        _ => hash(&(uplink, flow, Part::of(packet))),
+        _ => match Part::of(packet) {
+            Part::Udp { ip_id, digest, .. } | Part::UdpSegments { ip_id, digest, .. } => {
+                hash(&(uplink, flow, ip_id, digest))
+            }
+            part => hash(&(uplink, flow, part)),
+        },
     };
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
@@ -353,7 +359,9 @@ pub(super) fn of_quoted(quoted: &Quoted) -> (Flow, u32) {
             dst_port,
             seq,
         } => (src_port, dst_port, seq),
-        QuotedTransport::Udp { src_port, dst_port } => (src_port, dst_port, quoted.ip_id),
+        QuotedTransport::Udp { src_port, dst_port } | QuotedTransport::Sctp { src_port, dst_port } => {
+            (src_port, dst_port, quoted.ip_id)
+        }
         QuotedTransport::Echo { id, seq, .. } => (id, 0, seq.into()),
         QuotedTransport::Other => (0, 0, quoted.ip_id),
     };

@@ -12,6 +12,7 @@ const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
+const SCTP: u8 = 132;
 
 /// Why a record could not be decoded. Counted in the ledger as dropped in user space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +154,11 @@ fn transport(plain: &Plain, outer: Option<&Outer>, tail: Option<&Tail>, v6: bool
             dst_port: plain.dport,
             payload: plain.payload,
         },
+        SCTP => Transport::Sctp {
+            src_port: plain.sport,
+            dst_port: plain.dport,
+            payload: plain.payload,
+        },
         ICMP | ICMPV6 => icmp(plain, outer, tail, v6),
         _ => Transport::Other,
     }
@@ -203,6 +209,10 @@ fn quoted(plain: &Plain, outer: Option<&Outer>, tail: &Tail) -> Quoted {
             seq: plain.ack,
         },
         UDP => QuotedTransport::Udp {
+            src_port: high(plain.seq),
+            dst_port: low(plain.seq),
+        },
+        SCTP => QuotedTransport::Sctp {
             src_port: high(plain.seq),
             dst_port: low(plain.seq),
         },

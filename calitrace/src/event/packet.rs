@@ -185,6 +185,15 @@ pub enum Transport {
         /// Payload bytes.
         payload: u32,
     },
+    /// SCTP.
+    Sctp {
+        /// Source port.
+        src_port: u16,
+        /// Destination port.
+        dst_port: u16,
+        /// Bytes of all chunks.
+        payload: u32,
+    },
     /// ICMP or ICMPv6 echo request or reply.
     Echo {
         /// A reply, not a request.
@@ -255,6 +264,13 @@ pub enum QuotedTransport {
     },
     /// UDP.
     Udp {
+        /// Source port.
+        src_port: u16,
+        /// Destination port.
+        dst_port: u16,
+    },
+    /// SCTP.
+    Sctp {
         /// Source port.
         src_port: u16,
         /// Destination port.
@@ -352,6 +368,9 @@ impl Packet {
                 src_port, dst_port, ..
             }
             | Transport::Udp {
+                src_port, dst_port, ..
+            }
+            | Transport::Sctp {
                 src_port, dst_port, ..
             } => (src_port, dst_port),
             Transport::Echo { id, .. } => (id, 0),

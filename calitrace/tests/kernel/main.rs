@@ -55,6 +55,7 @@ const TESTS: &[Test] = &[
     test!(transports::tcp_sequence_numbers_follow_the_bytes),
     test!(transports::echo_has_identifier_and_sequence_number),
     test!(transports::an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason),
+    test!(transports::sctp_has_ports_and_the_digest_of_its_chunks),
     test!(transports::other_protocols_have_addresses_number_and_digest),
 ];
 

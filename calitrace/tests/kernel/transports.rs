@@ -215,6 +215,35 @@ pub(crate) fn an_icmp_error_quotes_the_packet_and_the_drop_has_its_reason() {
     }
 }
 
+pub(crate) fn sctp_has_ports_and_the_digest_of_its_chunks() {
+    const INIT: [u8; 20] = [1, 0, 0, 20, 1, 2, 3, 4, 0, 1, 0, 0, 0, 1, 0, 1, 5, 6, 7, 8];
+    let net = Net::new();
+    let mut watch = Watch::left_to_right(&net);
+    let socket = net.left.raw(libc::AF_INET, 132);
+    let mut digests = Vec::new();
+    // NAT would change the ports and the checksum, and nothing else.
+    for (port, checksum) in [(40_000_u16, 11_u8), (40_001, 22)] {
+        let [high, low] = port.to_be_bytes();
+        let header = [high, low, 0x0f, 0x1c, 9, 9, 9, 9, checksum, 0, 0, 0];
+        socket
+            .send_to(&[&header[..], &INIT].concat(), (RIGHT, 0))
+            .unwrap();
+        let (left, right) =
+            watch.pair(|seen| seen.packet.proto == 132 && seen.packet.flow().src_port == port);
+        assert_eq!(left.packet, right.packet);
+        let expected = Transport::Sctp {
+            src_port: port,
+            dst_port: 3868,
+            payload: 20,
+        };
+        assert_eq!(left.packet.transport, expected);
+        digests.push(left.packet.digest);
+    }
+    assert_ne!(digests[0], 0);
+    assert_eq!(digests[0], digests[1]);
+    watch.finish();
+}
+
 pub(crate) fn other_protocols_have_addresses_number_and_digest() {
     let net = Net::new();
     let mut watch = Watch::left_to_right(&net);

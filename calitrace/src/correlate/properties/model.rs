@@ -58,6 +58,8 @@ pub(super) enum Kind {
     Ack,
     /// An ICMP error about something that is not traced.
     IcmpError,
+    /// SCTP.
+    Sctp,
     /// Another protocol: ESP.
     Other,
     /// The pieces of a datagram, each a packet of its own.
@@ -133,6 +135,7 @@ pub(super) fn spec() -> impl Strategy<Value = Spec> {
         1 => Just(Kind::Datagrams),
         1 => Just(Kind::Ack),
         1 => Just(Kind::IcmpError),
+        1 => Just(Kind::Sctp),
         1 => Just(Kind::Other),
         1 => Just(Kind::Fragment),
     ];
@@ -315,6 +318,7 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
         }
         Kind::Ack => (6, tcp(seq, 0, 7)),
         Kind::IcmpError => (if v6 { 58 } else { 1 }, icmp_error(v6, content)),
+        Kind::Sctp => (132, sctp(ports)),
         Kind::Other => (50, Transport::Other),
         Kind::Fragment => {
             // Ids of fragments differ between destinations, or nobody could put them together.
@@ -354,6 +358,14 @@ pub(super) fn packet(spec: &Spec, content: u32, number: u32, data: (u32, u32), s
 
 fn small(number: u32) -> u16 {
     u16::try_from(number).expect("small")
+}
+
+fn sctp((src_port, dst_port): (u16, u16)) -> Transport {
+    Transport::Sctp {
+        src_port,
+        dst_port,
+        payload: 120,
+    }
 }
 
 /// Destination unreachable: port, about a datagram that somebody else sent.
