@@ -16,8 +16,8 @@ use super::{
 };
 use crate::event::{Flow, Hook, Netns, Observation, machine_of};
 
-/// An `sk_buff`'s address says nothing any more after this long without a sighting.
-pub(super) const LIFE: u64 = 1000 * MILLISECOND;
+/// An `sk_buff`'s address says nothing any more after this long without a sighting: no node holds a packet longer.
+pub(super) const LIFE: u64 = WINDOW;
 /// A drop belongs to a packet that passed its last hook if it comes within this time.
 const LATE_DROP: u64 = 50 * MILLISECOND;
 

@@ -148,7 +148,13 @@ impl Correlator {
     /// Closes what is due.
     fn expire(&mut self, now: u64, closed: &mut Vec<PacketTrace>) {
         while let Some((deadline, id)) = self.timers.due(now) {
-            if self.open.find(id).is_some_and(|trace| trace.close_at <= deadline) {
+            let Some(trace) = self.open.find(id).filter(|trace| trace.close_at <= deadline) else {
+                continue;
+            };
+            let longest = trace.first().time + open::WINDOW;
+            if deadline < longest && verdict::may_wait(trace, &self.topology) {
+                self.hold(id.index, Hold::Waiting, deadline);
+            } else {
                 self.close(id.index, deadline, false, closed);
             }
         }
@@ -456,7 +462,7 @@ impl Correlator {
     fn hold(&mut self, index: u32, hold: Hold, time: u64) {
         let id: Id = self.open.id(index);
         let trace = self.open.get_mut(index);
-        let hold = if hold != Hold::Begun && answer::is_awaited(trace) {
+        let hold = if !matches!(hold, Hold::Begun | Hold::Waiting) && answer::is_awaited(trace) {
             Hold::Awaiting
         } else {
             hold

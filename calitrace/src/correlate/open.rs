@@ -477,4 +477,4 @@ fn take(index: &mut FxHashMap<u64, Bucket>, key: u64, trace: u32) {
 }
 
 /// The longest a trace may be found by content after its first sighting.
-pub(super) const WINDOW: u64 = Hold::Begun.length();
+pub(super) const WINDOW: u64 = Hold::Begun.length() + Hold::Waiting.length();

@@ -16,12 +16,22 @@ pub(super) enum Hold {
     Ended,
     /// It ended where it may be answered from afar, and was not yet. As long as a packet may be under way.
     Awaiting,
-    /// It began: nothing takes longer.
+    /// It began: nothing under way takes longer.
     Begun,
+    /// It was last seen on its way through a node, which holds it until it knows its neighbour's address: by default the
+    /// kernel asks for it thrice, a second each (`MCAST_PROBES`, `RETRANS_TIME`; `arp_tbl`, `net/ipv4/arp.c`, and `nd_tbl`,
+    /// `net/ipv6/ndisc.c`; 6.1).
+    Waiting,
 }
 
 impl Hold {
-    const ALL: [Self; 4] = [Self::Delivered, Self::Ended, Self::Awaiting, Self::Begun];
+    const ALL: [Self; 5] = [
+        Self::Delivered,
+        Self::Ended,
+        Self::Awaiting,
+        Self::Begun,
+        Self::Waiting,
+    ];
 
     /// Nanoseconds.
     pub(super) const fn length(self) -> u64 {
@@ -29,6 +39,8 @@ impl Hold {
             Self::Delivered => 50 * MILLISECOND,
             Self::Ended => 80 * MILLISECOND,
             Self::Awaiting | Self::Begun => 2000 * MILLISECOND,
+            // After the time that it had from its beginning.
+            Self::Waiting => 1500 * MILLISECOND,
         }
     }
 }
@@ -59,7 +71,10 @@ impl Timers {
 
     /// The trace that began first, closed ones included.
     pub(super) fn oldest(&mut self) -> Option<Id> {
-        self.queues[Hold::Begun as usize].pop_front().map(|(_, id)| id)
+        let mut next = |hold: Hold| self.queues[hold as usize].pop_front();
+        next(Hold::Waiting)
+            .or_else(|| next(Hold::Begun))
+            .map(|(_, id)| id)
     }
 }
 

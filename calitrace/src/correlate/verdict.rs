@@ -1,7 +1,7 @@
 //! How a packet ended: each verdict by what was seen (design: "Vocabulary"), the strongest first.
 
 use super::{
-    AnswerKind, Verdict,
+    AnswerKind, Verdict, hops,
     key::Part,
     open::{Open, Reached},
     topology::{Next, Topology},
@@ -67,6 +67,21 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
     }
 }
 
+/// Whether it came into a node and was not seen since: the node may hold it until it knows its neighbour's address.
+pub(super) fn may_wait(trace: &Open, topology: &Topology) -> bool {
+    let last = trace.last();
+    let inside = match last.hook {
+        // Encapsulated, it waits for the neighbour at the uplink.
+        Hook::TunnelEgress => !topology.is_encrypted(last.node, last.ifindex),
+        _ => last.is_ingress(),
+    };
+    inside
+        && trace.reached == Reached::Nothing
+        && trace.drop.is_none()
+        && trace.answered.is_none()
+        && hops::handed_on_from(trace, topology).is_none()
+}
+
 /// Whether a `kfree_skb` after receipt is the ordinary end of a packet, or of a copy of it.
 ///
 /// * A socket that is closed frees what still lies in its queues: each FIN that was not read, and the copies that raw
@@ -76,6 +91,8 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
 ///   want of a ping socket (`ip_protocol_deliver_rcu`, `net/ipv4/ip_input.c`; `net/ipv4/ping.c`; 6.1 and 6.18). So
 ///   every reply to a ping or traceroute with a raw socket ends that way. Before 5.17 there are no reasons, and the
 ///   caller frees it (`icmp_rcv`, `net/ipv4/icmp.c`, and `icmpv6_rcv`, `net/ipv6/icmp.c`; 5.10).
+/// * Everything of ICMPv6 that has been dealt with: `icmpv6_rcv` frees echo requests, errors and what belongs to neighbour
+///   discovery without a reason (`net/ipv6/icmp.c`, 5.10 and 6.1: "until the v6 path can be better sorted").
 /// * TCP in `TIME_WAIT` or half open: `tcp_v4_rcv` frees what it has dealt with, without a reason (labels `discard_it`
 ///   and `discard_and_relse`, `net/ipv4/tcp_ipv4.c`). So the last FIN of a connection may end, and the RST that ends a
 ///   half-open one does.
@@ -99,16 +116,20 @@ pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
         return true;
     }
     // Where the kernel hides its symbols, and gives no reason either: nothing says that what was received was dropped.
-    if drop.location.is_none() && matches!(reason, None | Some("NOT_SPECIFIED")) {
+    let without_reason = matches!(reason, None | Some("NOT_SPECIFIED"));
+    if drop.location.is_none() && without_reason {
         return true;
     }
     match part {
+        Part::Echo { .. } | Part::Icmp { .. } | Part::IcmpError { .. }
+            if without_reason && at(&["icmpv6_rcv"]) =>
+        {
+            true
+        }
         Part::Echo { reply: true, .. } => {
-            reason == Some("NO_SOCKET") || (reason.is_none() && at(&["icmp_rcv", "icmpv6_rcv"]))
+            reason == Some("NO_SOCKET") || (reason.is_none() && at(&["icmp_rcv"]))
         }
-        Part::Tcp { .. } | Part::TcpData { .. } => {
-            matches!(reason, None | Some("NOT_SPECIFIED")) && at(&["tcp_v4_rcv", "tcp_v6_rcv"])
-        }
+        Part::Tcp { .. } | Part::TcpData { .. } => without_reason && at(&["tcp_v4_rcv", "tcp_v6_rcv"]),
         _ => false,
     }
 }

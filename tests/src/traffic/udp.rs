@@ -156,6 +156,9 @@ fn client(to: SocketAddr) -> Result<UdpSocket> {
     };
     let socket = UdpSocket::bind((any, 0)).context("cannot bind a UDP socket")?;
     socket
+        .set_broadcast(true)
+        .context("cannot let a UDP socket send to everybody")?;
+    socket
         .connect(to)
         .with_context(|| format!("cannot connect a UDP socket to {to}"))?;
     Ok(socket)
