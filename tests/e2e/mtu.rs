@@ -1,7 +1,7 @@
 //! Path-MTU discovery, and `mtr` beside it: what the tools print is what the traces say.
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Encapsulation, Lab, Need, Options, command};
+use calitrace_tests::{Encapsulation, Lab, Need, Options, command, lab::UNDERLAY};
 use serde_json::Value;
 
 use crate::{
@@ -24,6 +24,8 @@ pub(crate) const TESTS: &[Test] = &[
     })
     .needs(IPIP),
     test("path_mtu_discovery_over_ipv6", discovery_v6),
+    test("jumbo_frames_over_vxlan", || jumbo(Encapsulation::Vxlan)),
+    test("jumbo_frames_over_tunl0", || jumbo(Encapsulation::Ipip)).needs(IPIP),
     test("tracepath_finds_the_mtu_of_the_traces", tracepath).needs(&[Need::Program("tracepath")]),
 ];
 
@@ -210,6 +212,63 @@ fn discovery_v6() -> Result<()> {
             packet["verdict"] == "delivered" && packet["length"] == 1400,
             "{packet:#}"
         );
+    }
+    Ok(())
+}
+
+/// Lets everything have frames of 9000 bytes, less for the tunnel and the pods by what it adds.
+fn widen(lab: &Lab, encapsulation: Encapsulation) -> Result<()> {
+    const WIDE: u16 = 9000;
+    let inner = WIDE - (1500 - encapsulation.mtu());
+    for node in lab.nodes() {
+        lab.namespace(UNDERLAY)?
+            .ip(&format!("link set {} mtu {WIDE}\n", node.name))?;
+        let tunnel = encapsulation.device().map(|device| (device, inner));
+        for (device, mtu) in tunnel.into_iter().chain([("eth0", WIDE)]) {
+            lab.namespace(&node.name)?
+                .ip(&format!("link set {device} mtu {mtu}\n"))?;
+        }
+    }
+    for pod in lab.pods() {
+        lab.namespace(&pod.node)?
+            .ip(&format!("link set {} mtu {inner}\n", pod.interface))?;
+        lab.namespace(&pod.id)?
+            .ip(&format!("link set eth0 mtu {inner}\n"))?;
+    }
+    Ok(())
+}
+
+/// What no ordinary frame would hold is one packet, from pod to pod and on the wire.
+fn jumbo(encapsulation: Encapsulation) -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation,
+        ..quiet()
+    })?;
+    lab.offloads(false)?;
+    widen(&lab, encapsulation)?;
+    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    let ping = lab.ping("pod1", POD2.parse()?, 3, &["-s", "8000", "-M", "do"])?;
+    ensure!(ping.received == 3, "{}", ping.raw);
+    let packets = watch.stop()?.packets()?;
+    for (from, to) in [(POD1, POD2), (POD2, POD1)] {
+        let echoes: Vec<&Value> = packets
+            .iter()
+            .filter(|packet| goes(packet, "icmp", from, to))
+            .collect();
+        ensure!(echoes.len() == 3, "{packets:#?}");
+        for echo in echoes {
+            ensure!(
+                echo["verdict"] == "delivered" && echo["length"] == 8028,
+                "{echo:#}"
+            );
+            let seen = echo["observations"].as_array().context("observations")?;
+            let outer: Vec<u64> = seen
+                .iter()
+                .filter_map(|seen| seen["encap"]["length"].as_u64())
+                .collect();
+            let wrapped = 8028 + u64::from(1500 - encapsulation.mtu());
+            ensure!(outer == [wrapped; 2], "{outer:?}: {echo:#}");
+        }
     }
     Ok(())
 }

@@ -114,6 +114,11 @@ fn tcp(offloads: bool) -> Result<()> {
         .map(payload)
         .sum();
     same("bytes captured", bytes, captured_bytes)?;
+    println!(
+        "{} packets there, {back} back; {bytes} bytes, {} of them received",
+        there.len(),
+        said.received
+    );
     // What was sent again is traced again; what was not sent any more when the server ended is not.
     ensure!(bytes >= said.received, "{said:?}, {bytes} bytes traced");
     // The server may end with data unread, and its TCP resets the rest; what crosses that is invalid to conntrack.

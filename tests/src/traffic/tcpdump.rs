@@ -3,13 +3,14 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::Lab;
 use crate::command::{self, Running};
-use crate::wait::wait_until;
+use crate::wait::{patience, wait_until};
 
 /// A running capture. Dropped, it ends, and what it wrote last may be missing: use [`Capture::stop`].
 #[derive(Debug)]
@@ -56,9 +57,16 @@ impl Capture {
     /// Ends the capture once it has written every packet the kernel gave it, and returns how many those
     /// are. Packets the kernel dropped for it are an error.
     pub fn stop(mut self) -> Result<u64> {
+        // What came in between the opening of its socket and the setting of its filter counts as received for ever, and is
+        // not captured: then the counts have to stand still.
+        let (mut last, mut since) = ([0; 3], Instant::now());
         wait_until("tcpdump to write all it was given", || {
-            let [captured, received, _] = self.counts()?;
-            Ok((captured == received).then_some(()))
+            let counts = self.counts()?;
+            if counts != last {
+                (last, since) = (counts, Instant::now());
+            }
+            let [captured, received, _] = counts;
+            Ok((captured == received || since.elapsed() > patience() / 4).then_some(()))
         })?;
         let [captured, _, dropped] = self.counts()?;
         ensure!(dropped == 0, "tcpdump lost {dropped} packets");
