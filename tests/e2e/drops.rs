@@ -1,7 +1,9 @@
 //! Where packets die, and why: policy, end of tier, blackhole, closed port, TTL. Beside each its twin without the fault.
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Options, Policy, needs::has_drop_reasons};
+use calitrace_tests::{
+    Lab, Need, Options, Policy, command, lab::netfilter::Backend, needs::has_drop_reasons,
+};
 use serde_json::Value;
 
 use crate::{
@@ -13,6 +15,7 @@ use crate::{
 pub(crate) const TESTS: &[Test] = &[
     test("a_policy_that_denies", || policy(Policy::Deny)),
     test("the_end_of_a_tier", || policy(Policy::EndOfTier)),
+    test("members_of_sets_tell_which_policy", sets).needs(&[Need::Program("ipset")]),
     test("an_unused_address_of_a_block", blackhole),
     test("a_closed_port", closed_port),
     test("a_ttl_that_runs_out", ttl),
@@ -80,6 +83,51 @@ fn policy(policy: Policy) -> Result<()> {
                 .all(|seen| seen["interface"] != pod2.interface.as_str()),
             "{packet:#}"
         );
+    }
+    Ok(())
+}
+
+/// Two policies that deny whom their sets have. Who is in which changes while watching; the twin is in none.
+fn sets() -> Result<()> {
+    const POLICIES: [&str; 2] = ["front", "back"];
+    let lab = Lab::up(&Options {
+        netfilter: Backend::Nft,
+        ..Options::default()
+    })?;
+    let pod2 = lab.pod("pod2")?;
+    let run = |words: &[&str], input: &str| {
+        command::run_with_input(&mut lab.exec(&pod2.node, words.iter().copied())?, input)
+    };
+    let members = POLICIES.map(|name| format!("create cali40s:{name} hash:net family inet\n"));
+    let rules = POLICIES.map(|name| {
+        format!(
+            ":cali-pi-np/default/{name} -\n\
+             -A cali-pi-np/default/{name} -m set --match-set cali40s:{name} src \
+             -m comment --comment \"NetworkPolicy default/{name} ingress\" -j DROP\n\
+             -I cali-tw-{} 4 -j cali-pi-np/default/{name}\n",
+            pod2.interface
+        )
+    });
+    run(&["ipset", "restore"], &members.concat())?;
+    run(
+        &["iptables-nft-restore", "--noflush", "-w", "10"],
+        &format!("*filter\n{}COMMIT\n", rules.concat()),
+    )?;
+    let cases = [
+        ("add cali40s:front 192.0.2.0/24\n", None),
+        ("add cali40s:front 10.244.120.64/26\n", Some("default/front")),
+        (
+            "add cali40s:front 10.244.120.67 nomatch\nadd cali40s:back 10.244.120.67\n",
+            Some("default/back"),
+        ),
+    ];
+    for (change, denies) in cases {
+        run(&["ipset", "restore"], change)?;
+        for packet in traces(&lab, "icmp", POD2, ping(POD2))? {
+            let verdict = if denies.is_some() { "dropped" } else { "delivered" };
+            ensure!(packet["verdict"] == verdict, "{packet:#}");
+            ensure!(packet["drop"]["policy"].as_str() == denies, "{packet:#}");
+        }
     }
     Ok(())
 }

@@ -28,15 +28,9 @@ pub(super) fn culprits(open: &Open, topology: &Topology) -> Vec<Culprit> {
     }
     let hooks = hooks(open, *index, topology);
     let packet = asked(open, seen, &hooks, topology);
-    let mut culprits: Vec<Culprit> = Vec::new();
-    for rules in topology.rules(seen.node, packet.src.is_ipv6()) {
-        for culprit in rules.culprits(&packet, &hooks) {
-            if culprits.iter().all(|known| known.cause != culprit.cause) {
-                culprits.push(culprit);
-            }
-        }
-    }
-    culprits
+    topology
+        .firewall(seen.node)
+        .map_or_else(Vec::new, |firewall| firewall.culprits(&packet, &hooks))
 }
 
 /// The hooks where it may have been dropped, in the order of its way.

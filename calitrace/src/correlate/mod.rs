@@ -10,6 +10,7 @@ mod answer;
 mod blame;
 mod clocks;
 mod close;
+mod firewall;
 mod hops;
 mod join;
 mod key;

@@ -1,20 +1,17 @@
 //! What the facts say: nodes, interfaces, pods, routes, hop addresses, translations. Answers questions about places and
 //! addresses; knows nothing of packets and traces.
 
-use std::{cell::RefCell, collections::BTreeMap, net::IpAddr};
+use std::{cell::RefCell, net::IpAddr};
 
 use calitrace_ebpf::shared::NODE_PORTS;
 use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::{Name, ledger::Ledgers};
-use crate::{
-    event::{
-        Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
-        machine_of,
-    },
-    netfilter::Ruleset,
+use super::{Name, firewall::Firewall, ledger::Ledgers};
+use crate::event::{
+    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+    machine_of,
 };
 
 /// The cluster of namespaces that belong to no known node. Packets there are joined with nothing but themselves.
@@ -67,8 +64,7 @@ struct NodeInfo {
     /// Index of the route by destination.
     looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
     interfaces: FxHashMap<u32, (Name, Role)>,
-    /// By the tool that shows them: whether they are IPv6's, and what they are.
-    rules: BTreeMap<String, (bool, Ruleset)>,
+    firewall: Firewall,
 }
 
 impl NodeInfo {
@@ -139,11 +135,13 @@ impl Topology {
                     .insert(machine_of(offset.netns), offset.bound_ns);
             }
             Fact::Attachment(attachment) => self.ledgers.attachment(attachment),
-            Fact::Rules(rules) => {
-                let node = self.nodes.entry(rules.netns).or_default();
-                node.rules
-                    .insert(rules.tool.clone(), (rules.ipv6, Ruleset::parse(&rules.text)));
-            }
+            Fact::Rules(rules) => self.nodes.entry(rules.netns).or_default().firewall.learn(rules),
+            Fact::IpSets(sets) => self
+                .nodes
+                .entry(sets.netns)
+                .or_default()
+                .firewall
+                .learn_sets(sets),
         }
     }
 
@@ -330,14 +328,9 @@ impl Topology {
         owners.iter().copied().find(|node| self.cluster(*node) == cluster)
     }
 
-    /// The netfilter rules of a node for one family of addresses.
-    pub(super) fn rules(&self, node: Netns, ipv6: bool) -> impl Iterator<Item = &Ruleset> {
-        let rules = self
-            .nodes
-            .get(&node)
-            .into_iter()
-            .flat_map(|info| info.rules.values());
-        rules.filter(move |(of, _)| *of == ipv6).map(|(_, rules)| rules)
+    /// The netfilter rules of a node.
+    pub(super) fn firewall(&self, node: Netns) -> Option<&Firewall> {
+        self.nodes.get(&node).map(|info| &info.firewall)
     }
 
     /// The addresses of a node itself.

@@ -46,6 +46,8 @@ pub enum Fact {
     Attachment(Attachment),
     /// The netfilter rules of a node.
     Rules(Rules),
+    /// [`IpSets`].
+    IpSets(IpSets),
 }
 
 impl Fact {
@@ -62,7 +64,8 @@ impl Fact {
             | Self::Clock(Clock { time, .. })
             | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. })
-            | Self::Rules(Rules { time, .. }) => *time,
+            | Self::Rules(Rules { time, .. })
+            | Self::IpSets(IpSets { time, .. }) => *time,
         }
     }
 
@@ -78,7 +81,8 @@ impl Fact {
             | Self::Clock(Clock { time, .. })
             | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. })
-            | Self::Rules(Rules { time, .. }) => time,
+            | Self::Rules(Rules { time, .. })
+            | Self::IpSets(IpSets { time, .. }) => time,
         }
     }
 }
@@ -266,5 +270,16 @@ pub struct Rules {
     /// They are for IPv6, not for IPv4.
     pub ipv6: bool,
     /// What it wrote, without counters, comment lines and the nat table, which drops nothing.
+    pub text: String,
+}
+
+/// The IP sets that a node's netfilter rules look into: they replace what was known of them before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IpSets {
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub time: u64,
+    /// The node.
+    pub netns: Netns,
+    /// What `ipset save` wrote, of each set its type, of each member what it is and whether it is an exception.
     pub text: String,
 }

@@ -12,8 +12,8 @@ pub(crate) mod sample;
 
 pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{
-    Attachment, AttachmentState, Clock, ClockOffset, Fact, HopAddress, Interface, Node, Pod, Role, Route,
-    RouteKind, Rules,
+    Attachment, AttachmentState, Clock, ClockOffset, Fact, HopAddress, Interface, IpSets, Node, Pod, Role,
+    Route, RouteKind, Rules,
 };
 pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
@@ -96,6 +96,7 @@ impl Item {
                 Fact::HopAddress(hop) => change(&mut hop.netns),
                 Fact::Attachment(attachment) => change(&mut attachment.netns),
                 Fact::Rules(rules) => change(&mut rules.netns),
+                Fact::IpSets(sets) => change(&mut sets.netns),
                 Fact::ClockOffset(offset) => change(&mut offset.netns),
                 Fact::Services { .. } | Fact::Clock(_) => {}
             },

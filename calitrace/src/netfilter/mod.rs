@@ -9,11 +9,13 @@ mod culprit;
 mod packet;
 mod rules;
 mod save;
+mod sets;
 mod walk;
 
 pub use culprit::{Cause, Culprit, Direction, PolicyName};
 pub use packet::{Asked, Device, States};
 pub use rules::Ruleset;
+pub use sets::Sets;
 pub use walk::Hook;
 
 #[cfg(test)]

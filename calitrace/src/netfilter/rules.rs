@@ -53,6 +53,8 @@ pub(super) enum What {
     Icmp(u8, (u8, u8)),
     /// An address of the node itself.
     Local(End),
+    /// In the IP set of this name, by these ends of the packet.
+    Set(String, Vec<End>),
     /// It comes from where the answer would not go to: netfilter's own reverse path filter failed.
     Unreachable,
     /// Something that is not understood here.

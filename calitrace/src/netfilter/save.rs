@@ -176,6 +176,10 @@ impl Reader {
                 "any" | "255" => return,
                 text => icmp(text),
             },
+            "--match-set" => {
+                let name = value();
+                set(name, &value())
+            }
             "--src-type" => local(End::Source, &value()),
             "--dst-type" => local(End::Destination, &value()),
             "--invert" => {
@@ -243,7 +247,7 @@ fn target(name: String, goto: bool, words: &mut Words) -> Target {
 }
 
 /// Names as `iptables` writes them (`xtables_chain_protos`), and some of `/etc/protocols`.
-fn protocol(name: &str) -> Option<u8> {
+pub(super) fn protocol(name: &str) -> Option<u8> {
     Some(match name {
         "all" => 0,
         "icmp" => 1,
@@ -318,6 +322,17 @@ fn icmp(text: &str) -> Option<What> {
         None => (text, (0, u8::MAX)),
     };
     Some(What::Icmp(kind.parse().ok()?, codes))
+}
+
+/// `src`, `dst,dst`.
+fn set(name: String, text: &str) -> Option<What> {
+    let end = |text| match text {
+        "src" => Some(End::Source),
+        "dst" => Some(End::Destination),
+        _ => None,
+    };
+    let ends = text.split(',').map(end).collect::<Option<_>>()?;
+    Some(What::Set(name, ends))
 }
 
 fn local(end: End, text: &str) -> Option<What> {

@@ -28,7 +28,7 @@ fn datagram(output: &str, port: u16) -> Asked<'_> {
 
 fn said(packet: &Asked<'_>, hooks: &[Hook]) -> Vec<String> {
     let [legacy, nft] = SAVED.map(|saved| {
-        let culprits = Ruleset::parse(saved).culprits(packet, hooks);
+        let culprits = Ruleset::parse(saved).culprits(packet, hooks, &Sets::default());
         culprits.iter().map(ToString::to_string).collect::<Vec<_>>()
     });
     assert_eq!(legacy, nft);
@@ -138,10 +138,10 @@ fn rules_of_others_are_quoted() {
                 [7:80] -A FORWARD -s 10.0.0.0/8 -m comment --comment \"a \\\"b\\\" c\" -m ttl --ttl-eq 5 -j DROP\nCOMMIT\n";
     let rules = Ruleset::parse(text);
     let packet = datagram("cali11111111111", 53);
-    let culprits = rules.culprits(&packet, &[Hook::Forward]);
+    let culprits = rules.culprits(&packet, &[Hook::Forward], &Sets::default());
     assert_eq!(culprits.len(), 1);
     assert!(matches!(&culprits[0].cause, Cause::Foreign { rule } if rule.contains("--ttl-eq 5")));
-    let culprits = rules.culprits(&packet, &[Hook::Input]);
+    let culprits = rules.culprits(&packet, &[Hook::Input], &Sets::default());
     assert_eq!(
         culprits[0].to_string(),
         "the policy of chain INPUT in table filter"
@@ -156,6 +156,6 @@ fn hostile_text_is_read_to_its_end() {
     }
     let text =
         format!("*filter\n:FORWARD ACCEPT\n{deep}-A FORWARD -j C0\n-A\n-A FORWARD -j\n-A FORWARD ! -s\n\"");
-    let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward]);
+    let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward], &Sets::default());
     assert!(culprits.is_empty(), "{culprits:?}");
 }

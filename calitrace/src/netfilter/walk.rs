@@ -4,6 +4,7 @@ use super::{
     culprit::{self, Culprit},
     packet::{Asked, Device},
     rules::{End, Match, Rule, Ruleset, Table, Target, Way, What},
+    sets::Sets,
 };
 
 /// A netfilter hook of IPv4 and IPv6 (`include/uapi/linux/netfilter.h`).
@@ -45,7 +46,7 @@ impl Ruleset {
     /// The rules that may have dropped the packet at one of `hooks`, which it meets in this order. Several if not enough is
     /// known to tell; none if by these rules it cannot have been dropped.
     #[must_use]
-    pub fn culprits(&self, packet: &Asked<'_>, hooks: &[Hook]) -> Vec<Culprit> {
+    pub fn culprits(&self, packet: &Asked<'_>, hooks: &[Hook], sets: &Sets) -> Vec<Culprit> {
         let mut found = Vec::new();
         // What an earlier hook did to it is not known.
         let mut flow = Some(Flow::default());
@@ -56,6 +57,7 @@ impl Ruleset {
                 };
                 let mut walk = Walk {
                     packet,
+                    sets,
                     name,
                     table,
                     found: &mut found,
@@ -148,6 +150,7 @@ struct Exit {
 
 struct Walk<'a> {
     packet: &'a Asked<'a>,
+    sets: &'a Sets,
     name: &'a str,
     table: &'a Table,
     found: &'a mut Vec<Culprit>,
@@ -255,6 +258,10 @@ impl Walk<'_> {
                 None => Truth::Perhaps,
             },
             What::Local(end) => packet.local.contains(&address(*end)).into(),
+            What::Set(name, ends) => self
+                .sets
+                .has(name, ends, packet)
+                .map_or(Truth::Perhaps, Truth::from),
             What::Unreachable | What::Unknown => Truth::Perhaps,
         };
         truth.turned_if(condition.not)

@@ -51,8 +51,9 @@ pub(crate) static LAB: [Program; 12] = [
 pub(crate) static FUZZ: [Program; 1] = [program("c++", "g++")];
 
 /// What tests make further traffic with, and translate it with.
-pub(crate) static TRAFFIC: [Program; 6] = [
+pub(crate) static TRAFFIC: [Program; 7] = [
     program("nft", "nftables"),
+    program("ipset", "ipset"),
     program("ipvsadm", "ipvsadm"),
     program("mtr", "mtr-tiny"),
     program("tracepath", "iputils-tracepath"),

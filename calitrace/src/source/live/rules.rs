@@ -5,7 +5,7 @@
 //! some: asking would load their modules.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs,
     io::ErrorKind,
     process::{Command, Stdio},
@@ -17,7 +17,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::{clock, control::Message};
 use crate::{
-    event::{Fact, Netns, Rules},
+    event::{Fact, IpSets, Netns, Rules},
     netns::Handle,
 };
 
@@ -52,6 +52,9 @@ const TOOLS: [Tool; 4] = [
         tables: Some("/proc/thread-self/net/ip6_tables_names"),
     },
 ];
+
+/// Shows the members of IP sets. Asked only where rules look into some: asking would load their module.
+const SETS: &str = "ipset";
 
 /// A node whose rules are wanted.
 #[derive(Clone, Debug)]
@@ -88,45 +91,89 @@ impl Reader {
 }
 
 fn serve(requests: &Receiver<Request>, messages: &UnboundedSender<Message>) {
-    let mut known: HashMap<(Netns, &str), String> = HashMap::new();
-    let mut warned = false;
+    let mut told = Told::default();
     while let Ok((nodes, _done)) = requests.recv() {
         for node in &nodes {
-            let netns = node.handle.inode();
-            for tool in &TOOLS {
-                let time = clock::monotonic();
-                let (used, text) = match node.handle.run(|| rules(tool)) {
-                    Ok(Some(read)) => read,
-                    Ok(None) => continue,
-                    Err(error) => {
-                        let what = format!(
-                            "policies that drop on node {} are not named: {error:#}",
-                            node.name
-                        );
-                        if std::mem::replace(&mut warned, true) {
-                            log::debug!("{what}");
-                        } else {
-                            log::warn!("{what}");
-                        }
-                        continue;
-                    }
-                };
-                let before = known.get(&(netns, used)).map_or("", String::as_str);
-                if before == text {
-                    continue;
-                }
-                known.insert((netns, used), text.clone());
-                let fact = Fact::Rules(Rules {
-                    time,
-                    netns,
-                    tool: used.to_owned(),
-                    ipv6: tool.ipv6,
-                    text,
-                });
+            for fact in told.read(node) {
                 if messages.send(Message::Fact(fact)).is_err() {
                     return;
                 }
             }
+        }
+    }
+}
+
+/// What was handed on already.
+#[derive(Default)]
+struct Told {
+    texts: HashMap<(Netns, &'static str), String>,
+    warned: HashSet<&'static str>,
+}
+
+impl Told {
+    /// What is new of a node's rules.
+    fn read(&mut self, node: &Wanted) -> Vec<Fact> {
+        let mut facts = Vec::new();
+        let netns = node.handle.inode();
+        let mut look_into_sets = false;
+        for tool in &TOOLS {
+            let time = clock::monotonic();
+            let (name, text) = match node.handle.run(|| rules(tool)) {
+                Ok(Some(read)) => read,
+                Ok(None) => continue,
+                Err(error) => {
+                    self.warn("policies that drop are not named", node, &error);
+                    continue;
+                }
+            };
+            look_into_sets |= text.contains(" --match-set ");
+            if self.is_new(netns, name, &text) {
+                facts.push(Fact::Rules(Rules {
+                    time,
+                    netns,
+                    tool: name.to_owned(),
+                    ipv6: tool.ipv6,
+                    text,
+                }));
+            }
+        }
+        if look_into_sets {
+            let time = clock::monotonic();
+            match node
+                .handle
+                .run(|| output(&[SETS, "save"])?.context("it is not on the path"))
+            {
+                Ok(text) => {
+                    let text = members(&text);
+                    if self.is_new(netns, SETS, &text) {
+                        facts.push(Fact::IpSets(IpSets { time, netns, text }));
+                    }
+                }
+                Err(error) => {
+                    let error = error.context(format!("read the members of IP sets with {SETS}"));
+                    self.warn("which of several policies drops may stay open", node, &error);
+                }
+            }
+        }
+        facts
+    }
+
+    fn is_new(&mut self, netns: Netns, tool: &'static str, text: &str) -> bool {
+        let before = self.texts.entry((netns, tool)).or_default();
+        let is_new = before != text;
+        if is_new {
+            text.clone_into(before);
+        }
+        is_new
+    }
+
+    /// Once is enough: what fails is asked for after every drop.
+    fn warn(&mut self, what: &'static str, node: &Wanted, error: &anyhow::Error) {
+        let text = format!("{what} (node {}): {error:#}", node.name);
+        if self.warned.insert(what) {
+            log::warn!("{text}");
+        } else {
+            log::debug!("{text}");
         }
     }
 }
@@ -142,24 +189,29 @@ fn rules(tool: &Tool) -> Result<Option<(&'static str, String)>> {
         }
     }
     for name in tool.names {
-        let output = match Command::new(name).stdin(Stdio::null()).output() {
-            Ok(output) => output,
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            Err(error) => return Err(error).with_context(|| format!("run {name}")),
-        };
-        if !output.status.success() {
-            bail!(
-                "{name} failed ({}): {}",
-                output.status,
-                String::from_utf8_lossy(&output.stderr).trim()
-            );
+        if let Some(text) = output(&[name])? {
+            return Ok(Some((name, without_counters(&text))));
         }
-        return Ok(Some((
-            name,
-            without_counters(&String::from_utf8_lossy(&output.stdout)),
-        )));
     }
     bail!("neither {} is on the path", tool.names.join(" nor "));
+}
+
+/// What a command prints; `None` if it is not on the path.
+fn output(words: &[&str]) -> Result<Option<String>> {
+    let name = words[0];
+    let output = match Command::new(name).args(&words[1..]).stdin(Stdio::null()).output() {
+        Ok(output) => output,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| format!("run {name}")),
+    };
+    if !output.status.success() {
+        bail!(
+            "{name} failed ({}): {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+    }
+    Ok(Some(String::from_utf8_lossy(&output.stdout).into_owned()))
 }
 
 /// The rules alone: counters change with every packet, and comment lines have the time.
@@ -183,6 +235,23 @@ fn without_counters(text: &str) -> String {
     kept
 }
 
+/// Sets and members alone: timeouts run down, and comments say nothing.
+fn members(text: &str) -> String {
+    let mut kept = String::with_capacity(text.len());
+    for line in text.lines() {
+        let words: Vec<&str> = line.splitn(4, ' ').collect();
+        if let ["create" | "add", _, _, ..] = words[..] {
+            kept.push_str(&words[..3].join(" "));
+            let options = words.get(3).unwrap_or(&"");
+            if words[0] == "add" && options.split(' ').any(|word| word == "nomatch") {
+                kept.push_str(" nomatch");
+            }
+            kept.push('\n');
+        }
+    }
+    kept
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -194,6 +263,16 @@ mod tests {
         assert_eq!(
             without_counters(text),
             "*filter\n:FORWARD DROP\n:cali-FORWARD -\n-A FORWARD -j cali-FORWARD\nCOMMIT\n"
+        );
+    }
+
+    #[test]
+    fn of_sets_the_members_are_kept() {
+        let text = "create front hash:net family inet hashsize 1024 maxelem 65536 timeout 600\n\
+                    add front 10.0.0.0/8 timeout 599\nadd front 10.1.0.0/16 timeout 5 nomatch\n";
+        assert_eq!(
+            members(text),
+            "create front hash:net\nadd front 10.0.0.0/8\nadd front 10.1.0.0/16 nomatch\n"
         );
     }
 }
