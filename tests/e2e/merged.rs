@@ -149,17 +149,16 @@ fn timeless(packet: &Value) -> Value {
     };
     let mut told = chosen(
         packet,
-        &[
-            "flow",
-            "length",
-            "ttl",
-            "verdict",
-            "drop",
-            "nat",
-            "retransmit",
-            "bypass",
-        ],
+        &["flow", "length", "ttl", "verdict", "nat", "retransmit", "bypass"],
     );
+    // Not by which rule: that is as the rules were read last, by each capture at its own time.
+    let drop = &packet["drop"];
+    if drop.is_object() {
+        told["drop"] = chosen(
+            drop,
+            &["reason", "location", "node", "interface", "before", "netfilter"],
+        );
+    }
     told["answer"] = chosen(&packet["answer"], &["kind", "address"]);
     told["hops"] = each(
         &packet["hops"],

@@ -42,8 +42,8 @@ use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, Name, NatKind,
-    NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, LostReport, Name,
+    NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};
@@ -427,10 +427,10 @@ impl Correlator {
             self.open.conceal(index);
             self.hold(
                 index,
-                if reached == Reached::Outside {
-                    Hold::Ended
-                } else {
-                    Hold::Delivered
+                match reached {
+                    // What has a node's address may be translated, and go on after all.
+                    Reached::Outside | Reached::Node => Hold::Ended,
+                    Reached::Pod | Reached::Nothing => Hold::Delivered,
                 },
                 time,
             );
