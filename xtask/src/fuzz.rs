@@ -17,14 +17,14 @@ use crate::test::Totals;
 use crate::{setup, workspace};
 
 /// Targets, by name; each is a file of `calitrace/fuzz/fuzz_targets`.
-const TARGETS: [&str; 6] = ["btf", "filter", "log", "names", "record", "views"];
+const TARGETS: [&str; 7] = ["btf", "filter", "log", "names", "record", "rules", "views"];
 /// How long each target runs as a part of `cargo xtask test`, in seconds.
 const SHORT: u32 = 4;
 
 /// What to run.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Run these targets only: btf, filter, log, names, record, views
+    /// Run these targets only: btf, filter, log, names, record, rules, views
     #[arg(value_parser = TARGETS, hide_possible_values = true)]
     targets: Vec<String>,
     /// How long to run each target

@@ -158,4 +158,13 @@ fn hostile_text_is_read_to_its_end() {
         format!("*filter\n:FORWARD ACCEPT\n{deep}-A FORWARD -j C0\n-A\n-A FORWARD -j\n-A FORWARD ! -s\n\"");
     let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward], &Sets::default());
     assert!(culprits.is_empty(), "{culprits:?}");
+    // Each chain leads to the next one twice.
+    let mut wide = String::new();
+    for chain in 0..60 {
+        let next = format!("-A C{chain} -m time -j C{}\n", chain + 1);
+        writeln!(wide, ":C{chain} -\n{next}{next}").unwrap();
+    }
+    let text = format!("*filter\n:FORWARD ACCEPT\n{wide}-A FORWARD -j C0\n");
+    let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward], &Sets::default());
+    assert!(culprits.is_empty(), "{culprits:?}");
 }

@@ -41,6 +41,9 @@ impl Hook {
 const TABLES: [&str; 3] = ["raw", "mangle", "filter"];
 /// Jumps within jumps. Chains cannot call themselves, so this only ends what is no real rule set.
 const DEPTH: usize = 64;
+/// Rules that are looked at for one packet in one table: a chain that many jump to is followed from each. Felix' rule sets for
+/// hundreds of pods take some thousands.
+const RULES: usize = 1_000_000;
 
 impl Ruleset {
     /// The rules that may have dropped the packet at one of `hooks`, which it meets in this order. Several if not enough is
@@ -58,6 +61,7 @@ impl Ruleset {
                 let mut walk = Walk {
                     packet,
                     sets,
+                    left: RULES,
                     name,
                     table,
                     found: &mut found,
@@ -151,6 +155,8 @@ struct Exit {
 struct Walk<'a> {
     packet: &'a Asked<'a>,
     sets: &'a Sets,
+    /// Rules that may still be looked at.
+    left: usize,
     name: &'a str,
     table: &'a Table,
     found: &'a mut Vec<Culprit>,
@@ -170,7 +176,8 @@ impl Walk<'_> {
     fn chain(&mut self, name: &str, flow: Flow, depth: usize) -> Exit {
         let table = self.table;
         let mut exit = Exit::default();
-        let Some(chain) = table.get(name).filter(|_| depth < DEPTH) else {
+        let is_followed = depth < DEPTH && self.left > 0;
+        let Some(chain) = table.get(name).filter(|_| is_followed) else {
             // A target of an extension: it may accept the packet, and may let it go on.
             return Exit {
                 back: Some(flow),
@@ -180,6 +187,7 @@ impl Walk<'_> {
         let mut here = Some(flow);
         for (index, rule) in chain.rules.iter().enumerate() {
             let Some(now) = here else { break };
+            self.left = self.left.saturating_sub(1);
             let truth = self.truth(rule, now);
             if truth == Truth::No {
                 continue;
