@@ -140,6 +140,44 @@ fn correlate(items: &[Item]) -> String {
     text
 }
 
+/// Where it was dropped or lost.
+fn losses(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
+    if let Some(drop) = &trace.drop {
+        let (reason, location) = (name(drop.reason.as_deref()), name(drop.location.as_deref()));
+        let netfilter = drop
+            .netfilter
+            .map(|hook| format!(" in netfilter {hook}"))
+            .unwrap_or_default();
+        writeln!(
+            text,
+            "  dropped {reason} at {location}{netfilter} on {} {}{}",
+            name(drop.node.as_deref()),
+            name(drop.interface.as_deref()),
+            drop.before
+                .as_ref()
+                .map(|next| format!(" before {next}"))
+                .unwrap_or_default()
+        )?;
+        for culprit in &drop.culprits {
+            writeln!(
+                text,
+                "    perhaps by {} {}: {culprit}",
+                culprit.table, culprit.chain
+            )?;
+        }
+    }
+    if let Some(lost) = &trace.lost {
+        writeln!(
+            text,
+            "  lost between {} {} and {}",
+            name(lost.node.as_deref()),
+            name(lost.interface.as_deref()),
+            name(lost.next_node.as_deref())
+        )?;
+    }
+    Ok(())
+}
+
 /// A trace in a form that can be read and compared. Absent is `-`, inferred is `~`.
 fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     let flow = trace.flow.flow;
@@ -191,26 +229,7 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         writeln!(text, "  {kind} on {}: {from} → {to}", name(step.node.as_deref()))?;
     }
     hops(trace, text)?;
-    if let Some(drop) = &trace.drop {
-        let (reason, location) = (name(drop.reason.as_deref()), name(drop.location.as_deref()));
-        let netfilter = drop
-            .netfilter
-            .map(|hook| format!(" in netfilter {hook}"))
-            .unwrap_or_default();
-        writeln!(
-            text,
-            "  dropped {reason} at {location}{netfilter} on {} {}",
-            name(drop.node.as_deref()),
-            name(drop.interface.as_deref())
-        )?;
-        for culprit in &drop.culprits {
-            writeln!(
-                text,
-                "    perhaps by {} {}: {culprit}",
-                culprit.table, culprit.chain
-            )?;
-        }
-    }
+    losses(trace, text)?;
     if let Some(answer) = &trace.answer {
         let rtt = answer.rtt_ns.map_or_else(|| "-".into(), |rtt| rtt.to_string());
         let mtu = answer.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();

@@ -161,7 +161,11 @@ fn discovery(encapsulation: Encapsulation) -> Result<()> {
             "{packet:#}"
         );
     }
-    let sentence = format!("✗ rejected by 10.244.120.64: ICMP fragmentation needed (MTU {mtu})");
+    let device = encapsulation.device().context("a tunnel device")?;
+    let sentence = format!(
+        "✗ rejected on node minikube before {device}: 1500 bytes with DF exceed the MTU of {mtu}; 10.244.120.64 sent ICMP \
+         fragmentation needed to 10.244.120.68"
+    );
     ensure!(text.lines().any(|line| line.trim() == sentence), "{text}");
     Ok(())
 }

@@ -1,8 +1,9 @@
-//! Which netfilter rules may have dropped a packet: what the trace tells of it, put to the rules of the node.
+//! Who dropped a packet, and on its way to where: what the trace tells of it, put to the rules and routes of the node.
 
 use std::net::IpAddr;
 
 use super::{
+    Name,
     open::{Open, Seen},
     topology::Topology,
     waypoint,
@@ -17,20 +18,52 @@ const IPIP: u8 = 4;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 
-/// The rules that may have dropped it; none where netfilter did not, or its rules are not known.
-pub(super) fn culprits(open: &Open, topology: &Topology) -> Vec<Culprit> {
+/// What is known of a drop beside what the kernel says of it.
+#[derive(Debug, Default)]
+pub(super) struct Blame<'a> {
+    /// The rules that may have dropped it; none where netfilter did not, or its rules are not known.
+    pub(super) culprits: Vec<Culprit>,
+    /// The device it was to leave by, where it was on its way there.
+    pub(super) before: Option<&'a str>,
+}
+
+/// Who dropped it, and on its way to where.
+pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
     let Some((drop, index)) = open.drop.as_deref() else {
-        return Vec::new();
+        return Blame::default();
     };
     let seen = &open.seen[*index];
-    if !drop.is_netfilter() || seen.in_pod {
-        return Vec::new();
+    if seen.in_pod {
+        return Blame::default();
     }
-    let hooks = hooks(open, *index, topology);
-    let packet = asked(open, seen, &hooks, topology);
-    topology
-        .firewall(seen.node)
-        .map_or_else(Vec::new, |firewall| firewall.culprits(&packet, &hooks))
+    if drop.is_netfilter() {
+        let hooks = hooks(open, *index, topology);
+        let (input, output) = devices(open, seen, &hooks, topology);
+        let packet = asked(open, seen, (input, output), topology);
+        let culprits = topology
+            .firewall(seen.node)
+            .map_or_else(Vec::new, |firewall| firewall.culprits(&packet, &hooks));
+        let before = match output {
+            Device::Is(name) => Some(name),
+            Device::None | Device::Unknown => None,
+        };
+        return Blame { culprits, before };
+    }
+    // What is too large for a device is dropped before it (`ip_forward`, `net/ipv4/ip_forward.c`; `ip6_forward`,
+    // `net/ipv6/ip6_output.c`).
+    let is_too_large = drop.reason.as_deref() == Some("PKT_TOO_BIG")
+        || open
+            .answered
+            .as_ref()
+            .is_some_and(|answered| answered.mtu.is_some());
+    let before = is_too_large
+        .then(|| topology.way_out(seen.node, destination(open, seen)))
+        .flatten()
+        .map(|name| &**name);
+    Blame {
+        before,
+        ..Blame::default()
+    }
 }
 
 /// The hooks where it may have been dropped, in the order of its way.
@@ -65,10 +98,23 @@ fn destination(open: &Open, seen: &Seen) -> IpAddr {
     }
 }
 
-fn asked<'a>(open: &Open, seen: &Seen, hooks: &[netfilter::Hook], topology: &'a Topology) -> Asked<'a> {
+/// The device it came by, and the one it was to leave by: none of all where it was for the node itself.
+fn devices<'a>(
+    open: &Open,
+    seen: &Seen,
+    hooks: &[netfilter::Hook],
+    topology: &'a Topology,
+) -> (Device<'a>, Device<'a>) {
     use netfilter::Hook::{Forward, Input, Output, Postrouting, Prerouting};
-    let known = |name: Option<&'a super::Name>| name.map_or(Device::Unknown, |name| Device::Is(name));
-    let dst = destination(open, seen);
+    let known = |name: Option<&'a Name>| name.map_or(Device::Unknown, |name| Device::Is(name));
+    // Netfilter's own word, where `nf_hook_slow` is observed.
+    if let Some((input, output)) = waypoint::netfilter_devices(open) {
+        let device = |ifindex| match ifindex {
+            0 => Device::None,
+            ifindex => known(topology.interface_name(seen.node, ifindex)),
+        };
+        return (device(input), device(output));
+    }
     // Up to the output's own functions `skb->dev` is the device it came by.
     let input = match hooks.first() {
         Some(Output) => Device::None,
@@ -77,8 +123,17 @@ fn asked<'a>(open: &Open, seen: &Seen, hooks: &[netfilter::Hook], topology: &'a 
     };
     let output = match hooks.last() {
         Some(Prerouting | Input) => Device::None,
-        _ => known(topology.way_out(seen.node, dst)),
+        _ => known(topology.way_out(seen.node, destination(open, seen))),
     };
+    (input, output)
+}
+
+fn asked<'a>(
+    open: &Open,
+    seen: &Seen,
+    (input, output): (Device<'a>, Device<'a>),
+    topology: &'a Topology,
+) -> Asked<'a> {
     let local = topology.addresses(seen.node);
     if let Some(encap) = &seen.encap {
         return Asked {

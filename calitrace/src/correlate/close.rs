@@ -1,12 +1,12 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, NatStep, PacketTrace, Segment, SightedEncap,
-    Sighting, Verdict,
+    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, LostReport, NatStep, PacketTrace, Segment,
+    SightedEncap, Sighting, Verdict,
     again::Sent,
     blame, hops, key,
     open::{Open, Reached, Seen},
-    topology::Topology,
+    topology::{Next, Topology},
     underlay, verdict, waypoint,
 };
 use crate::{
@@ -54,6 +54,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
             _ => None,
         },
         drop: drop_report(open, topology),
+        lost: (verdict == Verdict::Lost).then(|| lost_report(open, topology)),
         answer: open.answered.as_ref().map(|answered| Answer {
             kind: answered.kind,
             address: answered.address,
@@ -173,6 +174,19 @@ fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topolog
     }
 }
 
+fn lost_report(open: &Open, topology: &Topology) -> LostReport {
+    let last = open.last();
+    let next = match topology.next(last.node, last.encap.as_deref(), open.current().dst) {
+        Next::Node(node) => topology.name(node).cloned(),
+        Next::Unobserved => None,
+    };
+    LostReport {
+        node: topology.name(last.node).cloned(),
+        interface: topology.interface_name(last.netns, last.ifindex).cloned(),
+        next_node: next,
+    }
+}
+
 fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
     let (drop, index) = open.drop.as_deref()?;
     let seen = &open.seen[*index];
@@ -184,7 +198,10 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
             .find(|other| other.hook != Hook::KfreeSkb)?;
         topology.interface_name(last.netns, last.ifindex)
     };
-    let culprits = blame::culprits(open, topology);
+    let blame::Blame {
+        culprits,
+        before: next,
+    } = blame::of(open, topology);
     let policy = match &culprits[..] {
         [
             Culprit {
@@ -199,6 +216,7 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
         location: drop.location.clone(),
         node: topology.name(seen.node).cloned(),
         interface: named.or_else(before).cloned(),
+        before: next.map(Into::into),
         netfilter: waypoint::netfilter_hook(open),
         policy,
         culprits,

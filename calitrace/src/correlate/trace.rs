@@ -64,6 +64,8 @@ pub struct PacketTrace {
     pub dup_ack: Option<u32>,
     /// Set when the kernel freed it as a drop (verdicts dropped, expired, and rejected where seen).
     pub drop: Option<DropReport>,
+    /// Set when it was lost between two nodes.
+    pub lost: Option<LostReport>,
     /// Who answered, for expired and rejected packets, echo requests and handshakes.
     pub answer: Option<Answer>,
     /// Address translations, in order.
@@ -129,6 +131,9 @@ pub struct DropReport {
     pub node: Option<Name>,
     /// The interface it was last seen at, or the one the kernel names.
     pub interface: Option<Name>,
+    /// The interface it was to leave by, where netfilter dropped it on the way there, or it is too large for that one. As
+    /// netfilter says, or else as pods and routes tell.
+    pub before: Option<Name>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
     /// The Calico policy, where the rules, as they were read last, leave no doubt.
@@ -136,6 +141,17 @@ pub struct DropReport {
     /// The netfilter rules that may have dropped it: one where that is certain, none where it is not known or netfilter
     /// did not.
     pub culprits: Vec<Culprit>,
+}
+
+/// Between which nodes a packet was lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LostReport {
+    /// The node that it left.
+    pub node: Option<Name>,
+    /// The interface it left by.
+    pub interface: Option<Name>,
+    /// The node that it did not come to, though that is observed.
+    pub next_node: Option<Name>,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further

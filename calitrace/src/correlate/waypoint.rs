@@ -90,14 +90,25 @@ fn belongs(sight: &Sight<'_>, trace: &Open) -> bool {
         && trace.part.matches(&sight.part, true)
 }
 
-/// Netfilter's word on the drop of a trace: the name of its hook.
+/// Netfilter's word on the drop of a trace.
+fn judgement(trace: &Open) -> Option<Detail> {
+    let mut latest = trace.waypoints.iter().rev();
+    latest
+        .find(|waypoint| is_judgement(waypoint.detail))
+        .and_then(|waypoint| waypoint.detail)
+}
+
+/// The name of the netfilter hook that dropped it.
 pub(super) fn netfilter_hook(trace: &Open) -> Option<&'static str> {
-    let judgement = trace
-        .waypoints
-        .iter()
-        .rev()
-        .find(|waypoint| is_judgement(waypoint.detail))?;
-    judgement.detail?.netfilter_hook()
+    judgement(trace)?.netfilter_hook()
+}
+
+/// Indexes of the devices that netfilter knew of when it dropped it: by which it came, by which it was to leave; 0 is none.
+pub(super) fn netfilter_devices(trace: &Open) -> Option<(u32, u32)> {
+    match judgement(trace)? {
+        Detail::Judged { input, output, .. } => Some((input, output)),
+        _ => None,
+    }
 }
 
 /// Whether the kernel set out to answer the packet with a time exceeded.

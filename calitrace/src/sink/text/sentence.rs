@@ -3,6 +3,7 @@
 use super::render::{Look, Row, row};
 use crate::{
     correlate::{Answer, AnswerKind, Bypass, DropReport, Name, PacketTrace, Verdict},
+    event::EncapKind,
     netfilter::Culprit,
     view::{Block, Kind},
 };
@@ -13,10 +14,7 @@ pub(super) fn end(block: &Block) -> Option<Row> {
     let run = block.kind == Kind::ProbeRun;
     match packet.verdict {
         Verdict::Dropped => Some(row(Look::Alarm, dropped(packet.drop.as_ref()))),
-        Verdict::Lost => Some(row(
-            Look::Alarm,
-            format!("✗ lost: {} and never reached the next node", departure(packet)),
-        )),
+        Verdict::Lost => Some(row(Look::Alarm, lost(packet))),
         // The normal end of a probe run: the receiver's closed port, or one router less than there are.
         Verdict::Rejected
             if run
@@ -33,7 +31,7 @@ pub(super) fn end(block: &Block) -> Option<Row> {
             Look::Alarm,
             format!("✗ {}", reason(packet).unwrap_or_default()),
         )),
-        Verdict::Rejected => Some(row(Look::Alarm, rejected(packet.answer.as_ref()))),
+        Verdict::Rejected => Some(row(Look::Alarm, rejected(packet))),
         Verdict::Expired => Some(row(Look::Alarm, expired(packet))),
         Verdict::Left => Some(row(
             Look::Faint,
@@ -74,7 +72,15 @@ fn dropped(report: Option<&DropReport>) -> String {
         return "✗ dropped".into();
     };
     let part = |word: &str, value: &Option<Name>| value.as_ref().map(|value| format!(" {word} {value}"));
-    let parts = [part("on node", &report.node), part("at", &report.interface)];
+    let ahead = report
+        .before
+        .as_ref()
+        .filter(|next| report.interface.as_ref() != Some(next));
+    let parts = [
+        part("on node", &report.node),
+        part("at", &report.interface),
+        ahead.map(|next| format!(", before {next}")),
+    ];
     let place = parts.into_iter().flatten().collect::<Vec<_>>().concat();
     let meaning = meaning(report);
     let reason = match (report.reason.as_deref(), &report.location) {
@@ -127,7 +133,7 @@ fn known(reason: &str) -> Option<&'static str> {
     Some(match reason {
         "IP_OUTNOROUTES" | "IP_INNOROUTES" => "no route",
         "IP_RPFILTER" => "reverse path filter",
-        "PKT_TOO_BIG" => "larger than the MTU",
+        "PKT_TOO_BIG" => "larger than the MTU, and nobody was seen telling the sender",
         "NO_SOCKET" => "nobody listens",
         "NEIGH_FAILED" | "NEIGH_QUEUEFULL" => "the next hop does not answer ARP",
         "QDISC_DROP" | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
@@ -140,17 +146,70 @@ fn known(reason: &str) -> Option<&'static str> {
     })
 }
 
-fn rejected(answer: Option<&Answer>) -> String {
-    let Some(answer) = answer else {
+fn rejected(packet: &PacketTrace) -> String {
+    let Some(answer) = &packet.answer else {
         return "✗ rejected".into();
     };
+    if let Some(mtu) = answer.mtu {
+        return too_large(packet, answer, mtu);
+    }
     let how = match (answer.kind, answer.icmp) {
         (AnswerKind::Reset, _) => "TCP reset".to_owned(),
         (_, Some((icmp_type, code))) => unreachable(icmp_type, code),
         _ => "ICMP unreachable".to_owned(),
     };
-    let mtu = answer.mtu.map(|mtu| format!(" (MTU {mtu})")).unwrap_or_default();
-    format!("✗ rejected by {}: {how}{mtu}", answer.address)
+    format!("✗ rejected by {}: {how}", answer.address)
+}
+
+/// Where the device stands that it does not fit, if that is seen, and who was told.
+fn too_large(packet: &PacketTrace, answer: &Answer, mtu: u32) -> String {
+    let report = packet.drop.as_ref();
+    let place = match report.map(|report| (&report.node, &report.before)) {
+        Some((Some(node), Some(device))) => format!("on node {node} before {device}"),
+        Some((Some(node), None)) => format!("on node {node}"),
+        _ => format!("by {}", answer.address),
+    };
+    let fixed = if packet.packet.dont_fragment {
+        " with DF"
+    } else {
+        ""
+    };
+    let (icmp_type, code) = answer.icmp.unwrap_or_default();
+    format!(
+        "✗ rejected {place}: {} bytes{fixed} exceed the MTU of {mtu}; {} sent {} to {}",
+        packet.length,
+        answer.address,
+        unreachable(icmp_type, code),
+        packet.flow.flow.src
+    )
+}
+
+/// Between which nodes, when, and what that leaves as the reason.
+fn lost(packet: &PacketTrace) -> String {
+    let Some(report) = &packet.lost else {
+        return format!("✗ lost: {} and never reached the next node", departure(packet));
+    };
+    let name = |name: &Option<Name>| name.as_deref().unwrap_or("a node").to_owned();
+    let interface = report.interface.as_ref().map(|interface| format!(" {interface}"));
+    let last = packet.observations.last();
+    let sent = packet.start + last.map_or(0, |last| last.elapsed_ns);
+    let sent = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(sent);
+    let sent = humantime::format_rfc3339_micros(sent).to_string();
+    let time = sent.split(['T', 'Z']).nth(1).unwrap_or_default();
+    let kind = last.and_then(|last| last.encap).map(|encap| encap.kind);
+    let carrier = match kind {
+        Some(EncapKind::Ipip) => "IPIP (protocol 4) is",
+        Some(EncapKind::Vxlan) => "VXLAN (UDP) is",
+        Some(EncapKind::Wireguard) => "WireGuard (UDP) is",
+        None => "such packets are",
+    };
+    format!(
+        "✗ lost between {}{} (sent {time} UTC) and {} (nothing lost in the ledgers): {carrier} filtered on the way, \
+         or the node is down",
+        name(&report.node),
+        interface.unwrap_or_default(),
+        name(&report.next_node),
+    )
 }
 
 /// RFC 792 and RFC 1812 (type 3), RFC 4443 (types 1 and 2).

@@ -11,7 +11,9 @@ use super::{
     render::{Look, row},
 };
 use crate::{
-    correlate::{Certainty, Endpoint, NatKind, NatStep, PacketTrace, Segment, Verdict},
+    correlate::{
+        Answer, AnswerKind, Certainty, Endpoint, LostReport, NatKind, NatStep, PacketTrace, Segment, Verdict,
+    },
     event::{Ledger, LedgerRow, Transport},
     view::sample,
 };
@@ -92,6 +94,44 @@ fn a_traceroute() {
     "#);
 }
 
+/// The last line that is printed of a packet.
+fn sentence(trace: PacketTrace) -> String {
+    let text = printed([trace]);
+    text.trim_end().lines().last().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn a_lost_packet_ends_with_where_when_and_why_perhaps() {
+    let mut trace = sample::ping(0, 1);
+    trace.verdict = Verdict::Lost;
+    trace.answer = None;
+    trace.hops.truncate(1);
+    trace.observations.truncate(3);
+    trace.lost = Some(LostReport {
+        node: Some("minikube".into()),
+        interface: Some("eth0".into()),
+        next_node: Some("minikube-m02".into()),
+    });
+    insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
+}
+
+#[test]
+fn a_packet_that_is_too_large_ends_with_where_and_who_told() {
+    let mut trace = sample::denied(0);
+    trace.verdict = Verdict::Rejected;
+    trace.length = 1500;
+    trace.answer = Some(Answer {
+        kind: AnswerKind::Unreachable,
+        address: "10.244.120.64".parse().unwrap(),
+        rtt_ns: None,
+        icmp: Some((3, 4)),
+        mtu: Some(1480),
+    });
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube before tunl0: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
+    trace.drop = None;
+    insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.120.64: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
+}
+
 #[test]
 fn a_dropped_packet_ends_with_where_and_why() {
     insta::assert_snapshot!(printed([sample::denied(0)]), @r#"
@@ -99,7 +139,7 @@ fn a_dropped_packet_ends_with_where_and_why() {
     traceroute to 10.244.205.193 (10.244.205.193), 1 hops max, 84 byte packets
      1  10.244.120.64 (10.244.120.64)  0.005 ms
           minikube: cali8d02ed71817
-    ✗ dropped on node minikube at cali8d02ed71817: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain
+    ✗ dropped on node minikube at cali8d02ed71817, before tunl0: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain
     "#);
 }
 
@@ -295,9 +335,9 @@ fn a_small_terminal_shows_the_troubled_flow_and_counts_the_rest() {
             84 byte packets
      1  10.244.120.64 (10.244.120.64)  0.005 ms
           minikube: cali8d02ed71817
-    ✗ dropped on node minikube at cali8d02ed71817: netfilter
-            FORWARD (a policy or firewall rule), NETFILTER_DROP
-            at nft_do_chain
+    ✗ dropped on node minikube at cali8d02ed71817, before tunl0:
+            netfilter FORWARD (a policy or firewall rule),
+            NETFILTER_DROP at nft_do_chain
     and 20 more flows
     "#);
 }
