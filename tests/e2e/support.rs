@@ -134,8 +134,14 @@ pub(crate) fn arrived(packet: &Value) -> bool {
 
 /// Whether a packet got to its receiver, if only for TCP to drop it there: a segment sent twice, or to what was closed.
 pub(crate) fn was_received(packet: &Value) -> bool {
-    let location = packet["drop"]["location"].as_str().unwrap_or_default();
-    packet["verdict"] == "delivered" || (packet["flow"]["proto"] == "tcp" && location.starts_with("tcp_"))
+    // `TCP_OLD_SEQUENCE`, or, where there are no reasons, by one of TCP's functions; these are not always shown either.
+    let says = |field: &str, prefix: &str| {
+        packet["drop"][field]
+            .as_str()
+            .is_some_and(|text| text.starts_with(prefix))
+    };
+    let by_tcp = says("location", "tcp_") || says("reason", "TCP_");
+    packet["verdict"] == "delivered" || (packet["flow"]["proto"] == "tcp" && by_tcp)
 }
 
 /// A `calitrace watch` at work. Killed if dropped before [`Watch::stop`].
