@@ -266,8 +266,8 @@ fn jumbo(encapsulation: Encapsulation) -> Result<()> {
                 "{echo:#}"
             );
             let seen = echo["observations"].as_array().context("observations")?;
-            let outer: Vec<u64> = seen
-                .iter()
+            let at_interfaces = seen.iter().filter(|seen| seen["direction"].is_string());
+            let outer: Vec<u64> = at_interfaces
                 .filter_map(|seen| seen["encap"]["length"].as_u64())
                 .collect();
             let wrapped = 8028 + u64::from(1500 - encapsulation.mtu());
