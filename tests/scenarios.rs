@@ -158,6 +158,9 @@ fn losses(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
                 .map(|next| format!(" before {next}"))
                 .unwrap_or_default()
         )?;
+        if let Some(route) = &drop.route {
+            writeln!(text, "    route {} {:?}", route.prefix, route.kind)?;
+        }
         for culprit in &drop.culprits {
             writeln!(
                 text,

@@ -144,6 +144,11 @@ fn blackhole() -> Result<()> {
         ensure!(packet["drop"]["node"] == "minikube-m02", "{packet:#}");
         ensure!(packet["drop"]["interface"] == "vxlan.calico", "{packet:#}");
         ensure!(packet["drop"]["location"] == "ip_error", "{packet:#}");
+        let route = &packet["drop"]["route"];
+        ensure!(
+            route["kind"] == "blackhole" && route["prefix"] == "10.244.205.192/26",
+            "{packet:#}"
+        );
         ensure!(
             packet["drop"]["reason"].is_string() == has_drop_reasons(),
             "{packet:#}"

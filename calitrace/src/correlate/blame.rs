@@ -9,7 +9,7 @@ use super::{
     waypoint,
 };
 use crate::{
-    event::{EncapKind, Hook, Transport, has_ports},
+    event::{EncapKind, Hook, Route, RouteKind, Transport, has_ports},
     netfilter::{self, Asked, Culprit, Device, States},
 };
 
@@ -17,6 +17,7 @@ use crate::{
 const IPIP: u8 = 4;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const SCTP: u8 = 132;
 
 /// What is known of a drop beside what the kernel says of it.
 #[derive(Debug, Default)]
@@ -25,6 +26,8 @@ pub(super) struct Blame<'a> {
     pub(super) culprits: Vec<Culprit>,
     /// The device it was to leave by, where it was on its way there.
     pub(super) before: Option<&'a str>,
+    /// The route to its destination, where that leads nowhere.
+    pub(super) route: Option<&'a Route>,
 }
 
 /// Who dropped it, and on its way to where.
@@ -47,8 +50,13 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
             Device::Is(name) => Some(name),
             Device::None | Device::Unknown => None,
         };
-        return Blame { culprits, before };
+        return Blame {
+            culprits,
+            before,
+            route: None,
+        };
     }
+    let destination = destination(open, seen);
     // What is too large for a device is dropped before it (`ip_forward`, `net/ipv4/ip_forward.c`; `ip6_forward`,
     // `net/ipv6/ip6_output.c`).
     let is_too_large = drop.reason.as_deref() == Some("PKT_TOO_BIG")
@@ -57,11 +65,23 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
             .as_ref()
             .is_some_and(|answered| answered.mtu.is_some());
     let before = is_too_large
-        .then(|| topology.way_out(seen.node, destination(open, seen)))
+        .then(|| topology.way_out(seen.node, destination))
         .flatten()
         .map(|name| &**name);
+    // What no route sends on is dropped by routing itself (`ip_error`, `net/ipv4/route.c`; `ip6_pkt_drop`,
+    // `net/ipv6/route.c`), for the same reason as much else.
+    let may_be_routing = matches!(
+        drop.reason.as_deref(),
+        None | Some("NOT_SPECIFIED" | "IP_INNOROUTES" | "IP_OUTNOROUTES")
+    );
+    let route = topology
+        .route(seen.node, destination)
+        .filter(|route| route.kind != RouteKind::Unicast)
+        // The block of a tunnel's address is a blackhole, too.
+        .filter(|_| may_be_routing && !topology.is_own(seen.node, destination));
     Blame {
         before,
+        route,
         ..Blame::default()
     }
 }
@@ -188,15 +208,14 @@ fn states(proto: u8, transport: &Transport) -> States {
     const ACK: u8 = 16;
     match transport {
         Transport::Tcp { flags, .. } if flags & (SYN | ACK) == SYN => States::OPENING,
-        Transport::Udp { .. } | Transport::Sctp { .. } | Transport::Echo { reply: false, .. } => {
-            States::OPENING
-        }
-        // Segments amid a connection, answers, errors: without their connection they may be invalid.
+        Transport::Udp { .. } | Transport::Echo { reply: false, .. } => States::OPENING,
+        // Segments and chunks amid a connection, answers, errors: without their connection they may be invalid.
         Transport::Tcp { .. }
+        | Transport::Sctp { .. }
         | Transport::Echo { .. }
         | Transport::IcmpError { .. }
         | Transport::Icmp { .. } => States::ANY,
-        Transport::Other if proto == TCP => States::ANY,
+        Transport::Other if matches!(proto, TCP | SCTP) => States::ANY,
         Transport::Other => States::OPENING,
     }
 }

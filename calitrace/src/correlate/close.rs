@@ -1,8 +1,8 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DropReport, FlowName, Joint, LostReport, NatStep, PacketTrace, Segment,
-    SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, DeadEnd, DropReport, FlowName, Joint, LostReport, NatStep, PacketTrace,
+    Segment, SightedEncap, Sighting, Verdict,
     again::Sent,
     blame, hops, key,
     open::{Open, Reached, Seen},
@@ -201,6 +201,7 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
     let blame::Blame {
         culprits,
         before: next,
+        route,
     } = blame::of(open, topology);
     let policy = match &culprits[..] {
         [
@@ -217,6 +218,10 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
         node: topology.name(seen.node).cloned(),
         interface: named.or_else(before).cloned(),
         before: next.map(Into::into),
+        route: route.map(|route| DeadEnd {
+            kind: route.kind,
+            prefix: route.prefix,
+        }),
         netfilter: waypoint::netfilter_hook(open),
         policy,
         culprits,

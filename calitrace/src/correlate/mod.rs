@@ -42,8 +42,8 @@ use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Bypass, Certainty, DropReport, Endpoint, FlowName, Hop, Joint, LostReport, Name,
-    NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, Certainty, DeadEnd, DropReport, Endpoint, FlowName, Hop, Joint, LostReport,
+    Name, NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};

@@ -355,7 +355,7 @@ impl Topology {
     }
 
     /// The most specific route of `node` to `address`.
-    fn route(&self, node: Netns, address: IpAddr) -> Option<&Route> {
+    pub(super) fn route(&self, node: Netns, address: IpAddr) -> Option<&Route> {
         let info = self.nodes.get(&node)?;
         let mut looked_up = info.looked_up.borrow_mut();
         if looked_up.len() >= LOOKED_UP {

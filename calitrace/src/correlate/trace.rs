@@ -3,10 +3,11 @@
 
 use std::{net::IpAddr, sync::Arc};
 
+use ipnet::IpNet;
 use serde::{Serialize, Serializer};
 
 use crate::{
-    event::{EncapKind, Flow, Netns, Packet},
+    event::{EncapKind, Flow, Netns, Packet, RouteKind},
     netfilter::Culprit,
 };
 
@@ -134,6 +135,8 @@ pub struct DropReport {
     /// The interface it was to leave by, where netfilter dropped it on the way there, or it is too large for that one. As
     /// netfilter says, or else as pods and routes tell.
     pub before: Option<Name>,
+    /// The route to its destination, where that leads nowhere and routing dropped it.
+    pub route: Option<DeadEnd>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
     /// The Calico policy, where the rules, as they were read last, leave no doubt.
@@ -141,6 +144,15 @@ pub struct DropReport {
     /// The netfilter rules that may have dropped it: one where that is certain, none where it is not known or netfilter
     /// did not.
     pub culprits: Vec<Culprit>,
+}
+
+/// A route that sends nothing on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DeadEnd {
+    /// What it does instead.
+    pub kind: RouteKind,
+    /// What it is for; of a blackhole that Felix or BIRD made the node's IPAM block.
+    pub prefix: IpNet,
 }
 
 /// Between which nodes a packet was lost.

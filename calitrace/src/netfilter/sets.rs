@@ -123,21 +123,20 @@ mod tests {
     use super::*;
     use crate::netfilter::{Device, States};
 
-    /// As `ipset save` (7.17) wrote it, of sets like Felix's.
+    /// As `ipset save` (7.17) wrote it, of sets like Felix's and one of another kind.
     const SAVED: &str = "\
-create cali40s:front hash:net family inet hashsize 1024 maxelem 1048576 bucketsize 12 initval 0x63d1c6a2
+create cali40s:front hash:net family inet hashsize 1024 maxelem 1048576 bucketsize 12 initval 0xde1c071f
+add cali40s:front 10.244.120.67
 add cali40s:front 10.244.0.0/16
 add cali40s:front 10.244.120.0/24 nomatch
-add cali40s:front 10.244.120.67
-create cali60s:front hash:net family inet6 hashsize 1024 maxelem 1048576 bucketsize 12 initval 0x0f81d5a1
+create cali60s:front hash:net family inet6 hashsize 1024 maxelem 1048576 bucketsize 12 initval 0x8bc617ef
 add cali60s:front fd00:10:244::/48
-create cali40n:ports hash:ip,port family inet hashsize 1024 maxelem 1048576 bucketsize 12 initval 0x2c9d5a10
+create cali40n:ports hash:ip,port family inet hashsize 1024 maxelem 1048576 bucketsize 12 initval 0xda920579
 add cali40n:ports 10.244.205.193,tcp:8080
 add cali40n:ports 10.244.205.193,sctp:3868
-create other hash:mac hashsize 1024 maxelem 65536
-add other 02:00:00:00:00:01
-create bad hash:net family inet
-add bad 10.0.0.0/99
+add cali40n:ports 10.244.205.193,udp:53
+create other hash:net,port family inet hashsize 1024 maxelem 65536 bucketsize 12 initval 0x914fc07b
+add other 10.0.0.0/8,tcp:80
 ";
 
     fn packet(src: &str, proto: u8, ports: Option<(u16, u16)>) -> Asked<'static> {
@@ -180,7 +179,9 @@ add bad 10.0.0.0/99
 
     #[test]
     fn what_is_not_understood_is_not_known() {
-        let sets = Sets::parse(SAVED);
+        let sets = Sets::parse(&format!(
+            "{SAVED}create bad hash:net family inet\nadd bad 10.0.0.0/99\n"
+        ));
         let asked = packet("10.0.0.1", 6, None);
         assert_eq!(sets.has("other", &[End::Source], &asked), None);
         assert_eq!(sets.has("bad", &[End::Source], &asked), None);

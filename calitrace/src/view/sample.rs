@@ -174,6 +174,7 @@ pub(crate) fn denied(start: u64) -> PacketTrace {
         node: Some("minikube".into()),
         interface: Some("cali8d02ed71817".into()),
         before: Some("tunl0".into()),
+        route: None,
         netfilter: Some("FORWARD"),
         policy: None,
         culprits: Vec::new(),

@@ -2,8 +2,8 @@
 
 use super::render::{Look, Row, row};
 use crate::{
-    correlate::{Answer, AnswerKind, Bypass, DropReport, Name, PacketTrace, Verdict},
-    event::EncapKind,
+    correlate::{Answer, AnswerKind, Bypass, DeadEnd, DropReport, Name, PacketTrace, Verdict},
+    event::{EncapKind, RouteKind},
     netfilter::Culprit,
     view::{Block, Kind},
 };
@@ -124,7 +124,20 @@ fn meaning(report: &DropReport) -> Option<String> {
             };
             Some(format!("netfilter{}{unnamed}", hook.unwrap_or_default()))
         }
-        (reason, _) => known(reason?).map(str::to_owned),
+        (reason, _) => match &report.route {
+            Some(route) => Some(dead_end(route)),
+            None => known(reason?).map(str::to_owned),
+        },
+    }
+}
+
+fn dead_end(route: &DeadEnd) -> String {
+    let prefix = route.prefix;
+    match route.kind {
+        RouteKind::Blackhole => format!("no pod here has the address (blackhole route of block {prefix})"),
+        RouteKind::Unreachable => format!("the route {prefix} is unreachable"),
+        RouteKind::Prohibit => format!("the route {prefix} is prohibited"),
+        RouteKind::Unicast => format!("the route {prefix}"),
     }
 }
 

@@ -12,9 +12,10 @@ use super::{
 };
 use crate::{
     correlate::{
-        Answer, AnswerKind, Certainty, Endpoint, LostReport, NatKind, NatStep, PacketTrace, Segment, Verdict,
+        Answer, AnswerKind, Certainty, DeadEnd, Endpoint, LostReport, NatKind, NatStep, PacketTrace, Segment,
+        Verdict,
     },
-    event::{Ledger, LedgerRow, Transport},
+    event::{Ledger, LedgerRow, RouteKind, Transport},
     view::sample,
 };
 
@@ -130,6 +131,19 @@ fn a_packet_that_is_too_large_ends_with_where_and_who_told() {
     insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube before tunl0: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
     trace.drop = None;
     insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.120.64: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
+}
+
+#[test]
+fn a_route_that_leads_nowhere_is_told() {
+    let mut trace = sample::denied(0);
+    let report = trace.drop.as_mut().unwrap();
+    (report.reason, report.location) = (Some("NOT_SPECIFIED".into()), Some("ip_error".into()));
+    report.before = None;
+    report.route = Some(DeadEnd {
+        kind: RouteKind::Blackhole,
+        prefix: "10.244.120.64/26".parse().unwrap(),
+    });
+    insta::assert_snapshot!(sentence(trace), @"✗ dropped on node minikube at cali8d02ed71817: no pod here has the address (blackhole route of block 10.244.120.64/26), NOT_SPECIFIED at ip_error");
 }
 
 #[test]
