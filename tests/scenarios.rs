@@ -172,10 +172,12 @@ fn losses(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     if let Some(lost) = &trace.lost {
         writeln!(
             text,
-            "  lost between {} {} and {}",
+            "  lost between {} {} and {}, carried by {}",
             name(lost.node.as_deref()),
             name(lost.interface.as_deref()),
-            name(lost.next_node.as_deref())
+            name(lost.next_node.as_deref()),
+            lost.encap
+                .map_or_else(|| "nothing".to_owned(), |kind| format!("{kind:?}"))
         )?;
     }
     Ok(())

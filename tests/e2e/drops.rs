@@ -87,17 +87,10 @@ fn policy(policy: Policy) -> Result<()> {
     Ok(())
 }
 
-/// Two policies that deny whom their sets have. Who is in which changes while watching; the twin is in none.
-fn sets() -> Result<()> {
+/// Two policies for pod 2, which deny whom their sets have: `front` all pods of the first node, `back` nobody yet.
+pub(crate) fn denied_by_sets(lab: &Lab) -> Result<()> {
     const POLICIES: [&str; 2] = ["front", "back"];
-    let lab = Lab::up(&Options {
-        netfilter: Backend::Nft,
-        ..Options::default()
-    })?;
     let pod2 = lab.pod("pod2")?;
-    let run = |words: &[&str], input: &str| {
-        command::run_with_input(&mut lab.exec(&pod2.node, words.iter().copied())?, input)
-    };
     let members = POLICIES.map(|name| format!("create cali40s:{name} hash:net family inet\n"));
     let rules = POLICIES.map(|name| {
         format!(
@@ -108,21 +101,36 @@ fn sets() -> Result<()> {
             pod2.interface
         )
     });
-    run(&["ipset", "restore"], &members.concat())?;
-    run(
-        &["iptables-nft-restore", "--noflush", "-w", "10"],
-        &format!("*filter\n{}COMMIT\n", rules.concat()),
-    )?;
+    change_sets(lab, &members.concat())?;
+    change_sets(lab, "add cali40s:front 10.244.120.64/26\n")?;
+    let mut load = lab.exec(&pod2.node, ["iptables-nft-restore", "--noflush", "-w", "10"])?;
+    command::run_with_input(&mut load, &format!("*filter\n{}COMMIT\n", rules.concat()))?;
+    Ok(())
+}
+
+fn change_sets(lab: &Lab, change: &str) -> Result<()> {
+    let mut restore = lab.exec(&lab.pod("pod2")?.node, ["ipset", "restore"])?;
+    command::run_with_input(&mut restore, change)?;
+    Ok(())
+}
+
+/// Who is in which set changes while calitrace is not looking; the twin is in none.
+fn sets() -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter: Backend::Nft,
+        ..Options::default()
+    })?;
+    denied_by_sets(&lab)?;
     let cases = [
-        ("add cali40s:front 192.0.2.0/24\n", None),
-        ("add cali40s:front 10.244.120.64/26\n", Some("default/front")),
+        ("", Some("default/front")),
         (
             "add cali40s:front 10.244.120.67 nomatch\nadd cali40s:back 10.244.120.67\n",
             Some("default/back"),
         ),
+        ("flush cali40s:back\n", None),
     ];
     for (change, denies) in cases {
-        run(&["ipset", "restore"], change)?;
+        change_sets(&lab, change)?;
         for packet in traces(&lab, "icmp", POD2, ping(POD2))? {
             let verdict = if denies.is_some() { "dropped" } else { "delivered" };
             ensure!(packet["verdict"] == verdict, "{packet:#}");

@@ -7,10 +7,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Need, Policy, Test, needs::LOCKDOWN, test};
+use calitrace_tests::{
+    Lab, Need, Options, Policy, Test, command, lab::netfilter::Backend, needs::LOCKDOWN, test,
+};
 use serde_json::Value;
 
-use crate::support::{Finished, Watch, binary, goes, path, quiet, with};
+use crate::{
+    drops::denied_by_sets,
+    support::{Finished, Watch, binary, goes, path, quiet, with},
+};
 
 pub(crate) const TESTS: &[Test] = &[
     test("capabilities_instead_of_root", capabilities_only),
@@ -19,6 +24,7 @@ pub(crate) const TESTS: &[Test] = &[
         "without_iptables_save_policies_have_no_names",
         without_iptables_save,
     ),
+    test("without_ipset_it_may_be_one_of_several_policies", without_ipset).needs(&[Need::Program("ipset")]),
     test("hidden_symbols_cost_a_line", hidden_symbols).needs(&[Need::Guest]),
     // The last of all, since it cannot be undone.
     test("a_kernel_locked_down_still_shows_paths", locked_down).needs(&[Need::Lockdown]),
@@ -210,30 +216,61 @@ fn three_delivered_and_one_denied(lab: &Lab) -> Result<(Finished, Vec<Value>)> {
     Ok((finished, packets))
 }
 
-/// Nothing shows the rules: a line says so, and the drop is told of without a name.
-fn without_iptables_save() -> Result<()> {
-    let lab = Lab::up(&quiet())?;
-    let pod2 = lab.pod("pod2")?;
-    lab.set_policy("pod2", Policy::Deny)?;
-    let empty = tempfile::tempdir().context("make a folder")?;
+/// A path on which these programs are, and no others.
+fn path_of(programs: &[&str]) -> Result<tempfile::TempDir> {
+    let folder = tempfile::tempdir().context("make a folder")?;
+    for program in programs {
+        let found = command::run(Command::new("sh").args(["-c", &format!("command -v {program}")]))?;
+        let found = command::text(&found).trim().to_owned();
+        std::os::unix::fs::symlink(&found, folder.path().join(program))
+            .with_context(|| format!("link {found}"))?;
+    }
+    Ok(folder)
+}
+
+/// What is said, and the drop of a ping to pod 2, where calitrace finds these programs only.
+fn denied_with(lab: &Lab, programs: &[&str]) -> Result<(Finished, Value)> {
+    let path = path_of(programs)?;
     let mut command = Command::new(binary()?);
-    command
-        .arg("watch")
-        .args(with(&lab, &["-o", "json", "--dropped"]));
-    command.env("PATH", empty.path());
+    command.arg("watch").args(with(lab, &["-o", "json", "--dropped"]));
+    command.env("PATH", path.path());
     let watch = Watch::spawn(command)?;
+    let pod2 = lab.pod("pod2")?;
     lab.ping("pod1", pod2.ip(), 1, &[])?;
     let finished = watch.stop()?;
-    ensure!(lines_with(&finished, "iptables-save") == 1, "{}", finished.stderr);
     let packets = finished.packets()?;
     let to = pod2.address.to_string();
     let denied = packets.iter().find(|packet| packet["flow"]["dst"] == to.as_str());
-    let drop = &denied.context("the drop")?["drop"];
-    ensure!(
-        drop["node"] == "minikube-m02" && drop["policy"].is_null(),
-        "{drop:#}"
-    );
+    let drop = denied.context("the drop")?["drop"].clone();
+    ensure!(drop["node"] == "minikube-m02", "{drop:#}");
+    Ok((finished, drop))
+}
+
+/// Nothing shows the rules: a line says so, and the drop is told of without a name.
+fn without_iptables_save() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    lab.set_policy("pod2", Policy::Deny)?;
+    let (finished, drop) = denied_with(&lab, &[])?;
+    ensure!(lines_with(&finished, "iptables-save") == 1, "{}", finished.stderr);
+    ensure!(drop["policy"].is_null(), "{drop:#}");
     ensure!(drop["culprits"] == Value::from(Vec::<Value>::new()), "{drop:#}");
+    Ok(())
+}
+
+/// Nothing shows whom the sets have: a line says so, and the policy is one of those that it may be.
+fn without_ipset() -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter: Backend::Nft,
+        ..quiet()
+    })?;
+    denied_by_sets(&lab)?;
+    let tools = ["iptables-nft-save", "ip6tables-nft-save"];
+    let (finished, drop) = denied_with(&lab, &tools)?;
+    ensure!(lines_with(&finished, "ipset") == 1, "{}", finished.stderr);
+    ensure!(drop["policy"].is_null(), "{drop:#}");
+    let names = drop["culprits"].as_array().into_iter().flatten();
+    let names: Vec<&str> = names.filter_map(|culprit| culprit["name"].as_str()).collect();
+    ensure!(names == ["default/back", "default/front"], "{drop:#}");
     Ok(())
 }
 

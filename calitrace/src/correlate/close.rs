@@ -10,7 +10,7 @@ use super::{
     underlay, verdict, waypoint,
 };
 use crate::{
-    event::{Detail, Direction, Hook},
+    event::{Detail, Direction, EncapKind, Hook},
     kernel::hooks,
     netfilter::{Cause, Culprit},
 };
@@ -184,6 +184,13 @@ fn lost_report(open: &Open, topology: &Topology) -> LostReport {
         node: topology.name(last.node).cloned(),
         interface: topology.interface_name(last.netns, last.ifindex).cloned(),
         next_node: next,
+        elapsed_ns: last.time.saturating_sub(open.first().time),
+        encap: match &last.encap {
+            Some(encap) => Some(encap.kind),
+            None => topology
+                .is_encrypted(last.node, last.ifindex)
+                .then_some(EncapKind::Wireguard),
+        },
     }
 }
 

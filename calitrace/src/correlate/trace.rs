@@ -164,6 +164,10 @@ pub struct LostReport {
     pub interface: Option<Name>,
     /// The node that it did not come to, though that is observed.
     pub next_node: Option<Name>,
+    /// When it left, nanoseconds after the packet's first observation.
+    pub elapsed_ns: u64,
+    /// How it was carried; null without encapsulation.
+    pub encap: Option<EncapKind>,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further

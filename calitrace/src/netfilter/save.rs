@@ -180,6 +180,13 @@ impl Reader {
                 let name = value();
                 set(name, &value())
             }
+            // Turns round what the exceptions of the set before it mean.
+            "--return-nomatch" => {
+                if let Some(last) = self.matches.last_mut() {
+                    last.what = What::Unknown;
+                }
+                return;
+            }
             "--src-type" => local(End::Source, &value()),
             "--dst-type" => local(End::Destination, &value()),
             "--invert" => {

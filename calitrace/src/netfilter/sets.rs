@@ -56,7 +56,10 @@ impl Sets {
             let mut words = line.split_whitespace();
             match (words.next(), words.next(), words.next()) {
                 (Some("create"), Some(name), Some(kind)) => {
+                    // With a mask its addresses stand for others, too.
+                    let is_masked = words.any(|word| matches!(word, "netmask" | "bitmask"));
                     let set = match kind {
+                        _ if is_masked => Set::Other,
                         "hash:net" | "hash:ip" => Set::Nets(Nets::default()),
                         "hash:ip,port" => Set::Ports(FxHashSet::default()),
                         _ => Set::Other,
@@ -180,11 +183,13 @@ add other 10.0.0.0/8,tcp:80
     #[test]
     fn what_is_not_understood_is_not_known() {
         let sets = Sets::parse(&format!(
-            "{SAVED}create bad hash:net family inet\nadd bad 10.0.0.0/99\n"
+            "{SAVED}create bad hash:net family inet\nadd bad 10.0.0.0/99\n\
+             create masked hash:ip family inet netmask 24\nadd masked 10.0.0.0\n"
         ));
         let asked = packet("10.0.0.1", 6, None);
         assert_eq!(sets.has("other", &[End::Source], &asked), None);
         assert_eq!(sets.has("bad", &[End::Source], &asked), None);
+        assert_eq!(sets.has("masked", &[End::Source], &asked), None);
         assert_eq!(sets.has("nowhere", &[End::Source], &asked), None);
         assert_eq!(
             sets.has("cali40s:front", &[], &asked),

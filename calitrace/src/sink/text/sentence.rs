@@ -134,10 +134,10 @@ fn meaning(report: &DropReport) -> Option<String> {
 fn dead_end(route: &DeadEnd) -> String {
     let prefix = route.prefix;
     match route.kind {
-        RouteKind::Blackhole => format!("no pod here has the address (blackhole route of block {prefix})"),
-        RouteKind::Unreachable => format!("the route {prefix} is unreachable"),
-        RouteKind::Prohibit => format!("the route {prefix} is prohibited"),
-        RouteKind::Unicast => format!("the route {prefix}"),
+        RouteKind::Blackhole => format!("no pod here has the address (blackhole route {prefix})"),
+        RouteKind::Unreachable | RouteKind::Prohibit | RouteKind::Unicast => {
+            format!("the route {prefix} leads nowhere")
+        }
     }
 }
 
@@ -200,17 +200,14 @@ fn too_large(packet: &PacketTrace, answer: &Answer, mtu: u32) -> String {
 /// Between which nodes, when, and what that leaves as the reason.
 fn lost(packet: &PacketTrace) -> String {
     let Some(report) = &packet.lost else {
-        return format!("✗ lost: {} and never reached the next node", departure(packet));
+        return "✗ lost".into();
     };
     let name = |name: &Option<Name>| name.as_deref().unwrap_or("a node").to_owned();
     let interface = report.interface.as_ref().map(|interface| format!(" {interface}"));
-    let last = packet.observations.last();
-    let sent = packet.start + last.map_or(0, |last| last.elapsed_ns);
-    let sent = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(sent);
+    let sent = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(packet.start + report.elapsed_ns);
     let sent = humantime::format_rfc3339_micros(sent).to_string();
     let time = sent.split(['T', 'Z']).nth(1).unwrap_or_default();
-    let kind = last.and_then(|last| last.encap).map(|encap| encap.kind);
-    let carrier = match kind {
+    let carrier = match report.encap {
         Some(EncapKind::Ipip) => "IPIP (protocol 4) is",
         Some(EncapKind::Vxlan) => "VXLAN (UDP) is",
         Some(EncapKind::Wireguard) => "WireGuard (UDP) is",

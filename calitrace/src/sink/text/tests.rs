@@ -15,7 +15,7 @@ use crate::{
         Answer, AnswerKind, Certainty, DeadEnd, Endpoint, LostReport, NatKind, NatStep, PacketTrace, Segment,
         Verdict,
     },
-    event::{Ledger, LedgerRow, RouteKind, Transport},
+    event::{EncapKind, Ledger, LedgerRow, RouteKind, Transport},
     view::sample,
 };
 
@@ -112,6 +112,8 @@ fn a_lost_packet_ends_with_where_when_and_why_perhaps() {
         node: Some("minikube".into()),
         interface: Some("eth0".into()),
         next_node: Some("minikube-m02".into()),
+        elapsed_ns: 5_000,
+        encap: Some(EncapKind::Ipip),
     });
     insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
 }
@@ -143,7 +145,7 @@ fn a_route_that_leads_nowhere_is_told() {
         kind: RouteKind::Blackhole,
         prefix: "10.244.120.64/26".parse().unwrap(),
     });
-    insta::assert_snapshot!(sentence(trace), @"✗ dropped on node minikube at cali8d02ed71817: no pod here has the address (blackhole route of block 10.244.120.64/26), NOT_SPECIFIED at ip_error");
+    insta::assert_snapshot!(sentence(trace), @"✗ dropped on node minikube at cali8d02ed71817: no pod here has the address (blackhole route 10.244.120.64/26), NOT_SPECIFIED at ip_error");
 }
 
 #[test]

@@ -243,8 +243,12 @@ fn members(text: &str) -> String {
         if let ["create" | "add", _, _, ..] = words[..] {
             kept.push_str(&words[..3].join(" "));
             let options = words.get(3).unwrap_or(&"");
-            if words[0] == "add" && options.split(' ').any(|word| word == "nomatch") {
-                kept.push_str(" nomatch");
+            // What changes whom a member stands for.
+            for option in options.split(' ') {
+                if ["nomatch", "netmask", "bitmask"].contains(&option) {
+                    kept.push(' ');
+                    kept.push_str(option);
+                }
             }
             kept.push('\n');
         }
@@ -269,10 +273,11 @@ mod tests {
     #[test]
     fn of_sets_the_members_are_kept() {
         let text = "create front hash:net family inet hashsize 1024 maxelem 65536 timeout 600\n\
-                    add front 10.0.0.0/8 timeout 599\nadd front 10.1.0.0/16 timeout 5 nomatch\n";
+                    add front 10.0.0.0/8 timeout 599\nadd front 10.1.0.0/16 timeout 5 nomatch\n\
+                    create nets hash:ip family inet hashsize 1024 maxelem 65536 netmask 24 bucketsize 12\n";
         assert_eq!(
             members(text),
-            "create front hash:net\nadd front 10.0.0.0/8\nadd front 10.1.0.0/16 nomatch\n"
+            "create front hash:net\nadd front 10.0.0.0/8\nadd front 10.1.0.0/16 nomatch\ncreate nets hash:ip netmask\n"
         );
     }
 }
