@@ -8,7 +8,7 @@ use calitrace_tests::{
 };
 use serde_json::Value;
 
-use crate::support::{Watch, goes, path, quiet, run, with};
+use crate::support::{Watch, at_interfaces, goes, path, quiet, run, with};
 
 pub(crate) const TESTS: &[Test] = &[
     test("a_program_behind_ours_that_shoots_what_comes_in", || {
@@ -143,9 +143,7 @@ fn forwarded() -> Result<()> {
             "{packet:#}"
         );
         let seen = packet["observations"].as_array().context("observations")?;
-        let hooks: Vec<&str> = seen
-            .iter()
-            .filter(|seen| !seen["direction"].is_null())
+        let hooks: Vec<&str> = at_interfaces(&packet)
             .filter_map(|seen| seen["hook"].as_str())
             .collect();
         let whole = [

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use crate::{
     Test,
     log::mixed_traffic,
-    support::{IPIP, Watch, goes, only, run, with},
+    support::{IPIP, Watch, at_interfaces, goes, only, run, with},
     test,
 };
 
@@ -164,15 +164,8 @@ fn timeless(packet: &Value) -> Value {
         &packet["hops"],
         &["ttl", "address", "node", "pod", "certainty", "reason"],
     );
-    let at_interfaces: Value = packet["observations"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|seen| seen["direction"].is_string())
-        .cloned()
-        .collect();
     told["observations"] = each(
-        &at_interfaces,
+        &at_interfaces(packet).cloned().collect(),
         &["node", "interface", "hook", "direction", "ttl", "length", "encap"],
     );
     told

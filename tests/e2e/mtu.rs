@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{IPIP, Watch, goes, quiet, was_received, with},
+    support::{IPIP, Watch, at_interfaces, goes, quiet, was_received, with},
     test,
 };
 
@@ -265,9 +265,7 @@ fn jumbo(encapsulation: Encapsulation) -> Result<()> {
                 echo["verdict"] == "delivered" && echo["length"] == 8028,
                 "{echo:#}"
             );
-            let seen = echo["observations"].as_array().context("observations")?;
-            let at_interfaces = seen.iter().filter(|seen| seen["direction"].is_string());
-            let outer: Vec<u64> = at_interfaces
+            let outer: Vec<u64> = at_interfaces(echo)
                 .filter_map(|seen| seen["encap"]["length"].as_u64())
                 .collect();
             let wrapped = 8028 + u64::from(1500 - encapsulation.mtu());

@@ -16,7 +16,7 @@ use calitrace_tests::{
 };
 use serde_json::Value;
 
-use crate::support::{Watch, quiet, with};
+use crate::support::{Watch, at_interfaces, quiet, with};
 
 pub(crate) const TESTS: &[Test] = &[
     test("links_that_are_detached_by_force", || taken_away(Way::Tcx)).needs(&[Need::Tcx]),
@@ -91,9 +91,7 @@ fn taken_away(way: Way) -> Result<()> {
     ensure!(echoes.len() == 10, "five requests and five replies: {echoes:#?}");
     for echo in &echoes {
         ensure!(echo["verdict"] == "delivered", "{echo:#}");
-        let seen = echo["observations"].as_array().context("observations")?;
-        let on_interfaces = seen.iter().filter(|seen| !seen["direction"].is_null());
-        ensure!(on_interfaces.count() == 6, "whole again: {echo:#}");
+        ensure!(at_interfaces(echo).count() == 6, "whole again: {echo:#}");
     }
     ensure!(
         u64::try_from(datagrams.len()).context("a count")? == sent,

@@ -120,6 +120,12 @@ pub(crate) fn path(packet: &Value) -> Vec<String> {
         .collect()
 }
 
+/// A packet trace's observations at interfaces; functions of the kernel have no direction.
+pub(crate) fn at_interfaces(packet: &Value) -> impl Iterator<Item = &Value> {
+    let seen = packet["observations"].as_array().into_iter().flatten();
+    seen.filter(|seen| seen["direction"].is_string())
+}
+
 /// Whether a packet trace goes from one address to another, with this protocol.
 pub(crate) fn goes(packet: &Value, proto: &str, from: &str, to: &str) -> bool {
     let flow = &packet["flow"];
