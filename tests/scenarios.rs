@@ -240,8 +240,14 @@ fn describe(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
         let mtu = answer.mtu.map(|mtu| format!(" mtu {mtu}")).unwrap_or_default();
         writeln!(
             text,
-            "  answer {:?} from {} after {rtt}{mtu}",
-            answer.kind, answer.address
+            "  answer {:?} from {} after {rtt}{mtu}{}",
+            answer.kind,
+            answer.address,
+            answer
+                .dropped
+                .as_ref()
+                .map(|drop| format!(" dropped on {}", name(drop.node.as_deref())))
+                .unwrap_or_default()
         )?;
     }
     if let Some(bypass) = &trace.bypass {
@@ -272,7 +278,17 @@ fn sightings(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             seen.ttl
         )?;
     }
-    writeln!(text)
+    writeln!(text)?;
+    for seen in trace.observations.iter().filter(|seen| seen.logged.is_some()) {
+        let said = name(seen.detail.as_deref());
+        writeln!(
+            text,
+            "    {} on {}: {said}",
+            seen.hook,
+            name(seen.node.as_deref())
+        )?;
+    }
+    Ok(())
 }
 
 /// A line for each hop.

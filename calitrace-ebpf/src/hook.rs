@@ -43,6 +43,10 @@ pub enum Hook {
     SkbClone = 17,
     /// `pskb_expand_head`: its bytes move to another buffer.
     PskbExpandHead = 18,
+    /// `nflog_tg`: a rule of iptables logs it (`NFLOG`), as Felix does with each verdict of a policy where flow logs are on.
+    NflogTg = 19,
+    /// `nft_log_eval`: as above, a rule of nftables, and of iptables by nftables since iptables 1.8.8.
+    NftLogEval = 20,
 }
 
 /// What kind of interface a hook sits on.
@@ -71,7 +75,7 @@ pub enum Direction {
 
 impl Hook {
     /// Every hook, in the order of their numbers.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::WorkloadIngress,
         Self::WorkloadEgress,
         Self::TunnelIngress,
@@ -91,6 +95,8 @@ impl Hook {
         Self::NfNatSetupInfo,
         Self::SkbClone,
         Self::PskbExpandHead,
+        Self::NflogTg,
+        Self::NftLogEval,
     ];
 
     /// The hook with this number, if there is one.

@@ -9,4 +9,4 @@ pub mod record;
 pub mod shared;
 
 pub use hook::{Direction, Hook, Place};
-pub use record::{Encapsulated, Flags, Full, Kind, Outer, Plain, Tail, TunnelKind};
+pub use record::{Encapsulated, Flags, Full, Kind, Logged, Outer, Plain, Tail, TunnelKind};

@@ -1,13 +1,14 @@
 //! Event records as they lie in the ring buffer.
 //!
-//! Three kinds, each a prefix of the next, so that a record costs only the bytes it needs: [`Plain`] (128 bytes),
-//! [`Encapsulated`] (168, plus the outer header) and [`Full`] (192, plus what a drop or an ICMP error tells).
+//! Four kinds, each the beginning of the next, so that a record costs only the bytes it needs: [`Plain`] (128 bytes),
+//! [`Encapsulated`] (168, plus the outer header), [`Full`] (192, plus what a drop or an ICMP error tells) and [`Logged`]
+//! (256, plus the text that a rule logs).
 //! All integers are in host byte order. Addresses are IPv6; IPv4 ones are mapped (`::ffff:a.b.c.d`).
 //! The header described is always the **innermost** one.
 
 use core::mem::{offset_of, size_of};
 
-/// The first byte of a record: which of the three layouts follows.
+/// The first byte of a record: which of the layouts follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Kind {
@@ -17,6 +18,8 @@ pub enum Kind {
     Encapsulated = 2,
     /// [`Full`].
     Full = 3,
+    /// [`Logged`].
+    Logged = 4,
 }
 
 /// Bits of [`Plain::flags`].
@@ -142,6 +145,7 @@ pub struct Plain {
     /// | `NfHookSlow` | protocol family << 16 \| netfilter hook << 8 \| verdict | input device << 32 \| output device |
     /// | `NfNatSetupInfo` | what is changed (0 source, 1 destination) << 16 \| new port | 0; the new address is in [`Tail::quoted_dst`] |
     /// | `SkbClone` | 0 | address of the clone |
+    /// | `NflogTg`, `NftLogEval` | 0 | 0; the prefix is in [`Logged::prefix`] |
     ///
     /// A record of a `NfHookSlow` that dropped its packet has no packet (it is freed by then), only the address it had.
     pub reason: u32,
@@ -200,12 +204,28 @@ pub struct Full {
     pub tail: Tail,
 }
 
+/// Bytes of the prefix that a log rule has: `struct xt_nflog_info` has as many, the last of them 0
+/// (`include/uapi/linux/netfilter/xt_NFLOG.h`), and Felix keeps to that in nftables, too
+/// (`felix/rules/nflogprefix.go`); what else nftables has up to 127 for is cut off.
+pub const PREFIX: usize = 64;
+
+/// [`Full`] and what a rule logs.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Logged {
+    /// As in the shorter kinds; `kind` is [`Kind::Logged`].
+    pub full: Full,
+    /// The rule's prefix, and zeros behind it: at least one.
+    pub prefix: [u8; PREFIX],
+}
+
 const _: () = {
     assert!(size_of::<Plain>() == 128);
     assert!(size_of::<Outer>() == 40);
     assert!(size_of::<Tail>() == 24);
     assert!(size_of::<Encapsulated>() == 168);
     assert!(size_of::<Full>() == 192);
+    assert!(size_of::<Logged>() == 256);
     assert!(offset_of!(Plain, time) == 8);
     assert!(offset_of!(Plain, netns) == 32);
     assert!(offset_of!(Plain, src) == 48);
@@ -216,4 +236,5 @@ const _: () = {
     assert!(offset_of!(Plain, digest) == 120);
     assert!(offset_of!(Full, outer) == 128);
     assert!(offset_of!(Full, tail) == 168);
+    assert!(offset_of!(Logged, prefix) == 192);
 };

@@ -57,6 +57,10 @@ pub struct Offsets {
     pub skb_nfct: u32,
     /// `struct nf_conn`.`ct_net` (a `possible_net_t`)
     pub ct_net: u32,
+    /// `struct xt_action_param`.`targinfo`
+    pub xt_targinfo: u32,
+    /// From a `struct nft_expr` that logs to `prefix` in its own data, a `struct nft_log`.
+    pub nft_log_prefix: u32,
 }
 
 /// An offset that is not known.
@@ -90,6 +94,8 @@ impl Offsets {
         ct_status: OFFSET_UNKNOWN,
         skb_nfct: OFFSET_UNKNOWN,
         ct_net: OFFSET_UNKNOWN,
+        xt_targinfo: OFFSET_UNKNOWN,
+        nft_log_prefix: OFFSET_UNKNOWN,
     };
 }
 
@@ -127,7 +133,7 @@ pub struct InterfaceKey {
 
 /// The first slots are those of the hooks themselves, by number: there counts what no attachment's slot is known for
 /// (drops in namespaces that are no node's).
-pub const FIRST_SLOT: u32 = 19;
+pub const FIRST_SLOT: u32 = 21;
 /// Where the body of the kprobes is in the program array.
 pub const BODY: u32 = 0;
 /// Number of counter slots: about 4,000 attachments.
@@ -169,7 +175,7 @@ pub mod names {
 
 const _: () = {
     assert!(FIRST_SLOT as usize == crate::Hook::ALL.len());
-    assert!(size_of::<Offsets>() == 100);
+    assert!(size_of::<Offsets>() == 108);
     assert!(size_of::<Counters>() == 48);
     assert!(size_of::<InterfaceKey>() == 16);
 };

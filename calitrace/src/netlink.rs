@@ -11,7 +11,7 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_sys::{
     Socket, SocketAddr,
-    protocols::{NETLINK_GENERIC, NETLINK_ROUTE},
+    protocols::{NETLINK_GENERIC, NETLINK_NETFILTER, NETLINK_ROUTE},
 };
 
 use crate::netns::Handle;
@@ -63,6 +63,11 @@ impl<M: NetlinkSerializable + NetlinkDeserializable + Clone + Debug> Connection<
     /// Opens a generic netlink socket in `handle`'s namespace.
     pub(crate) fn generic(handle: &Handle) -> Result<Self> {
         Self::of(open_protocol(handle, NETLINK_GENERIC)?)
+    }
+
+    /// Opens a netfilter netlink socket in the calling thread's namespace.
+    pub(crate) fn netfilter() -> Result<Self> {
+        Self::of(bound(NETLINK_NETFILTER)?)
     }
 
     fn of(socket: Socket) -> Result<Self> {

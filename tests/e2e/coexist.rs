@@ -8,7 +8,7 @@ use calitrace_tests::{
 };
 use serde_json::Value;
 
-use crate::support::{Watch, at_interfaces, goes, path, quiet, run, with};
+use crate::support::{Watch, arrived, at_interfaces, goes, path, quiet, run, with};
 
 pub(crate) const TESTS: &[Test] = &[
     test("a_program_behind_ours_that_shoots_what_comes_in", || {
@@ -109,7 +109,7 @@ fn shot(node: &str, interface: &str, side: Side) -> Result<()> {
         let ping = lab.ping("pod1", POD2.parse()?, 3, &[])?;
         ensure!(ping.received == 3, "{ping:?}");
         for packet in echo_requests(watch, 3)? {
-            ensure!(packet["verdict"] == "delivered", "{packet:#}");
+            ensure!(arrived(&packet), "{packet:#}");
         }
     }
     Ok(())
@@ -137,7 +137,7 @@ fn forwarded() -> Result<()> {
     let ping = lab.ping("pod1", POD2.parse()?, 3, &[])?;
     ensure!(ping.received == 3, "{ping:?}");
     for packet in echo_requests(watch, 3)? {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(&packet), "{packet:#}");
         ensure!(
             path(&packet) == ["10.244.120.64", "10.244.205.192", POD2],
             "{packet:#}"

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::{
     drops::denied_by_sets,
-    support::{Finished, Watch, binary, goes, path, quiet, with},
+    support::{Finished, Watch, arrived, binary, goes, path, quiet, with},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -25,6 +25,8 @@ pub(crate) const TESTS: &[Test] = &[
         without_iptables_save,
     ),
     test("without_ipset_it_may_be_one_of_several_policies", without_ipset).needs(&[Need::Program("ipset")]),
+    test("without_nft_policies_of_nftables_have_no_names", without_nft).needs(&[Need::Program("nft")]),
+    test("nft_alone_shows_all_rules_of_nftables", with_nft_alone).needs(&[Need::Program("nft")]),
     test("hidden_symbols_cost_a_line", hidden_symbols).needs(&[Need::Guest]),
     // The last of all, since it cannot be undone.
     test("a_kernel_locked_down_still_shows_paths", locked_down).needs(&[Need::Lockdown]),
@@ -209,7 +211,7 @@ fn three_delivered_and_one_denied(lab: &Lab) -> Result<(Finished, Vec<Value>)> {
     packets.retain(|packet| goes(packet, "icmp", &from, &to));
     ensure!(packets.len() == 4, "{packets:#?}");
     for packet in &packets[..3] {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(packet), "{packet:#}");
         let expected = ["10.244.120.64", "10.244.205.192", "10.244.205.193"];
         ensure!(path(packet) == expected, "{packet:#}");
     }
@@ -254,6 +256,39 @@ fn without_iptables_save() -> Result<()> {
     ensure!(lines_with(&finished, "iptables-save") == 1, "{}", finished.stderr);
     ensure!(drop["policy"].is_null(), "{drop:#}");
     ensure!(drop["culprits"] == Value::from(Vec::<Value>::new()), "{drop:#}");
+    Ok(())
+}
+
+/// Calico is in its nftables mode, and nothing shows its rules.
+fn without_nft() -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter: Backend::Native,
+        ..quiet()
+    })?;
+    lab.set_policy("pod2", Policy::Deny)?;
+    let (finished, drop) = denied_with(&lab, &["iptables-nft-save", "ip6tables-nft-save"])?;
+    ensure!(
+        lines_with(&finished, "nft is not on the path") == 1,
+        "{}",
+        finished.stderr
+    );
+    ensure!(drop["policy"].is_null(), "{drop:#}");
+    ensure!(drop["culprits"] == Value::from(Vec::<Value>::new()), "{drop:#}");
+    Ok(())
+}
+
+/// Only `nft` is there: it shows what iptables wrote, too, though not all that such a rule asks for.
+fn with_nft_alone() -> Result<()> {
+    for (netfilter, is_sure) in [(Backend::Native, true), (Backend::Nft, false)] {
+        let lab = Lab::up(&Options { netfilter, ..quiet() })?;
+        lab.set_policy("pod2", Policy::Deny)?;
+        let (finished, drop) = denied_with(&lab, &["nft"])?;
+        ensure!(lines_with(&finished, "path") == 0, "{}", finished.stderr);
+        let names = drop["culprits"].as_array().into_iter().flatten();
+        let names: Vec<&str> = names.filter_map(|culprit| culprit["name"].as_str()).collect();
+        ensure!(names == ["default/deny-all"], "{netfilter:?}: {drop:#}");
+        ensure!(drop["policy"].is_string() == is_sure, "{netfilter:?}: {drop:#}");
+    }
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 use calitrace_tests::{Encapsulation, Lab, Need, Options, Policy, Test, test};
 use serde_json::Value;
 
-use crate::support::{Watch, goes, path, quiet, with};
+use crate::support::{Watch, arrived, goes, path, quiet, with};
 
 pub(crate) const TESTS: &[Test] = &[
     test("functions_are_seen_between_interfaces_vxlan", || {
@@ -86,7 +86,7 @@ fn between_interfaces(encapsulation: Encapsulation) -> Result<()> {
         lab.ping("pod1", POD2.parse()?, 5, &[]).map(drop)
     })?;
     for packet in &found {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(packet), "{packet:#}");
         ensure!(
             path(packet) == ["10.244.120.64", "10.244.205.192", POD2],
             "{packet:#}"
@@ -189,7 +189,7 @@ fn translation() -> Result<()> {
         http.stop().map(drop)
     })?;
     for packet in &found {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(packet), "{packet:#}");
         let step = &packet["nat"][0];
         ensure!(step["kind"] == "dnat", "{packet:#}");
         ensure!(
@@ -206,7 +206,7 @@ fn only_tc() -> Result<()> {
         lab.ping("pod1", POD2.parse()?, 2, &[]).map(drop)
     })?;
     for packet in found {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(&packet), "{packet:#}");
         ensure!(
             observations(&packet)
                 .iter()

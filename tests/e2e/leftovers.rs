@@ -152,7 +152,7 @@ fn lab_is_gone() -> Result<()> {
     Ok(())
 }
 
-/// Rules, routes, addresses, qdiscs and settings of a node before, during and after. Where there is no TCX, `clsact`
+/// Rules, routes, addresses, qdiscs and settings of a node before, during and after, and after what only asks. Where there is no TCX, `clsact`
 /// qdiscs are there while it observes.
 fn node_is_unchanged() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
@@ -194,7 +194,18 @@ fn node_is_unchanged() -> Result<()> {
         ensure!(during.len() < all, "no clsact qdisc while observing without TCX");
     }
     same(&before, &during, "during")?;
-    same(&before, &look()?, "after")
+    same(&before, &look()?, "after")?;
+    let pods = [lab.pod("pod1")?.full_name(), lab.pod("pod2")?.full_name()];
+    for words in [
+        &["doctor"][..],
+        &["topology"],
+        &["topology", "--from", &pods[0], "--to", &pods[1]],
+    ] {
+        let finished = run(&with(&lab, words))?;
+        ensure!(finished.status.success(), "{finished:?}");
+        same(&before, &look()?, &format!("after {words:?}, not"))?;
+    }
+    Ok(())
 }
 
 fn same(before: &[String], now: &[String], when: &str) -> Result<()> {

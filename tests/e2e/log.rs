@@ -3,7 +3,9 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use calitrace_tests::{Lab, Need, Options, Policy, needs::find_program, traffic::traceroute::Kind};
+use calitrace_tests::{
+    Lab, Need, Options, Policy, lab::netfilter::Backend, needs::find_program, traffic::traceroute::Kind,
+};
 use serde_json::Value;
 
 use crate::{
@@ -13,7 +15,10 @@ use crate::{
 };
 
 pub(crate) const TESTS: &[Test] = &[
-    test("read_prints_the_traces_that_watch_printed", read_is_watch),
+    test("read_prints_the_traces_that_watch_printed", || {
+        read_is_watch(Backend::Any)
+    }),
+    test("read_knows_rules_of_nftables", || read_is_watch(Backend::Native)).needs(&[Need::Program("nft")]),
     test("every_json_line_keeps_to_the_schema", schema),
     test("jc_reads_each_traceroute_block", jc).needs(&[Need::Program("jc")]),
 ];
@@ -41,8 +46,13 @@ fn watched(lab: &Lab, log: &Path) -> Result<Finished> {
     watch.stop()
 }
 
-fn read_is_watch() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+fn read_is_watch(netfilter: Backend) -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter,
+        ..Options::default()
+    })?;
+    // So that the rules are known that deny.
+    lab.set_policy("pod4", Policy::Deny)?;
     let folder = tempfile::tempdir().context("make a folder")?;
     let log = folder.path().join("mixed.jsonl");
     let watched = by_id(&watched(&lab, &log)?)?;
@@ -52,7 +62,8 @@ fn read_is_watch() -> Result<()> {
     let read = run(&["read", log, "-o", "json"])?;
     ensure!(read.status.success() && read.stderr.is_empty(), "{}", read.stderr);
     let read = by_id(&read)?;
-    ensure!(!watched.is_empty(), "nothing was watched");
+    let is_denied = |packet: &Value| packet["drop"]["policy"] == "default/deny-all";
+    ensure!(watched.values().any(is_denied), "no policy denied: {watched:#?}");
     for (id, packet) in &watched {
         ensure!(
             read.get(id) == Some(packet),

@@ -7,15 +7,20 @@
 
 mod agree;
 mod alone;
+mod between;
+mod causes;
 mod coexist;
 mod counts;
+mod doctor;
 mod drops;
 mod failures;
 mod fallbacks;
+mod faults;
 mod flood;
 mod functions;
 mod leftovers;
 mod log;
+mod logged;
 mod merged;
 mod mtu;
 mod nat;
@@ -40,14 +45,19 @@ fn main() -> ExitCode {
             alone::TESTS,
             counts::TESTS,
             scope::TESTS,
+            doctor::TESTS,
+            causes::TESTS,
             drops::TESTS,
+            faults::TESTS,
             log::TESTS,
+            logged::TESTS,
             merged::TESTS,
             mtu::TESTS,
             nat::TESTS,
             neighbours::TESTS,
             tools::TESTS,
             topology::TESTS,
+            between::TESTS,
             tunnels::TESTS,
             underlay::TESTS,
             flood::TESTS,

@@ -5,22 +5,25 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, Result, ensure};
 use calitrace_tests::{
-    Lab, Need, Options, Proxy,
+    Lab, Need, Options, Proxy, command,
     lab::{
         UNDERLAY,
-        plan::{FLOATING, FLOATING_POD, NODE_PORTS, OUTSIDE, SERVICE},
+        plan::{FLOATING, FLOATING_POD, GATEWAY, NODE_PORTS, OUTSIDE, SERVICE},
     },
+    traffic::traceroute::Kind,
 };
 use serde_json::{Value, json};
 
 use crate::{
     Test,
-    support::{Watch, arrived, quiet, with},
+    support::{Watch, arrived, at_interfaces, goes, quiet, with},
     test,
 };
 
 pub(crate) const TESTS: &[Test] = &[
     test("masquerading_to_the_outside_is_a_nat_step", masquerade).needs(&[Need::Conntrack]),
+    test("answers_from_the_outside_are_whole", answers).needs(&[Need::Conntrack]),
+    test("answers_from_the_outside_over_ipv6_are_whole", answers_v6).needs(&[Need::Conntrack]),
     test("a_node_port_is_one_trace_from_the_outside", node_port),
     test("a_node_port_of_another_node_is_one_trace", node_port_of_another),
     test("a_pod_that_reaches_itself_through_its_service", hairpin),
@@ -35,14 +38,6 @@ pub(crate) const TESTS: &[Test] = &[
 /// Bytes asked for. From the outside one segment only: its offloads are on, and the last hop would count fewer.
 const BODY: usize = 30_000;
 const SEGMENT: usize = 1_000;
-/// The addresses that lead to pods, where they are not the default ones only.
-const KNOWN: [&str; 4] = [
-    "--service-cidr",
-    "10.96.0.0/12",
-    "--service-cidr",
-    "203.0.113.20/32",
-];
-
 /// A connection: its ends as the sockets know them, and the traces of what they sent.
 struct Connection {
     client: SocketAddr,
@@ -92,9 +87,7 @@ fn connect(
         };
         packets.iter().filter(ends).cloned().collect()
     };
-    // An answer to the outside's translation is seen when that is undone.
-    let back = if part == UNDERLAY { said.local } else { peer };
-    let traces = [of(said.local, asked), of(server, back)];
+    let traces = [of(said.local, asked), of(server, peer)];
     let segments = said.segments;
     let counts = [segments.segments_out, segments.segments_in].map(|count| count as usize);
     ensure!(
@@ -156,9 +149,101 @@ fn masquerade() -> Result<()> {
     ensure!(seen.peer.ip() == node.address, "the server saw {}", seen.peer);
     seen.check(
         &[("snat", &node.name, seen.client, seen.peer)],
-        &[],
+        &[("dnat", &node.name, seen.peer, seen.client)],
         ["left", "delivered"],
     )
+}
+
+/// Echo replies, datagrams and ICMP errors that answer what was masqueraded come to the node's address; and what the node
+/// itself asks there is none of ours, though it goes to the same place.
+fn answers() -> Result<()> {
+    const COUNT: u64 = 5;
+    let lab = Lab::up(&quiet())?;
+    let (node, pod) = (lab.node("minikube")?, lab.pod("pod1")?);
+    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    let server = lab.udp_server(UNDERLAY, 5353, true)?;
+    // From several addresses a socket would answer by the nearest.
+    let port = (GATEWAY, 5353).into();
+    let pings = lab.ping("pod1", OUTSIDE.into(), 5, &[])?;
+    let datagrams = lab.udp_exchange("pod1", port, COUNT, 100)?;
+    let traceroute = lab.traceroute("pod1", OUTSIDE.into(), Kind::Udp, &[])?;
+    ensure!(lab.ping("minikube", OUTSIDE.into(), 5, &[])?.received == 5);
+    ensure!(lab.udp_exchange("minikube", port, COUNT, 100)?.received == COUNT);
+    server.stop()?;
+    let packets = watch.stop()?.packets()?;
+    // Only the last line's probes are answered from there.
+    let errors = traceroute.hops.last().context("a hop")?.probes.iter().flatten();
+    let expected = [
+        ("icmp", OUTSIDE, "ICMP echo reply", pings.received),
+        ("udp", GATEWAY, "datagram", datagrams.received),
+        ("icmp", OUTSIDE, "ICMP error", errors.count() as u64),
+    ];
+    for (proto, from, what, count) in expected {
+        let is_it = |packet: &&Value| {
+            let is_error = packet["flow"]["icmp_id"].is_null() && proto == "icmp";
+            goes(packet, proto, &from.to_string(), &node.address.to_string())
+                && is_error == (what == "ICMP error")
+        };
+        let of_these: Vec<&Value> = packets.iter().filter(is_it).collect();
+        // Traceroute ends at the third error; to the probes that are under way there are answers, too.
+        ensure!(
+            of_these.len() as u64 == count || (what == "ICMP error" && of_these.len() as u64 > count),
+            "{count} {what}, {} traces: {packets:#?}",
+            of_these.len()
+        );
+        for trace in of_these {
+            let first = at_interfaces(trace).next().context("an interface")?;
+            let step = &trace["nat"][0];
+            ensure!(
+                trace["verdict"] == "delivered"
+                    && first["direction"] == "ingress"
+                    && first["interface"] == "eth0"
+                    && step["kind"] == "dnat"
+                    && step["to"]["address"] == pod.address.to_string()
+                    && trace["flow"]["dst_pod"] == *pod.full_name(),
+                "{what}: {trace:#}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// An IP pool of IPv6 with `natOutgoing`: echo replies and datagrams.
+fn answers_v6() -> Result<()> {
+    const COUNT: u64 = 5;
+    let lab = Lab::up(&Options::default())?;
+    let (node, pod) = (lab.node("minikube")?, lab.pod("pod1")?);
+    let outside = node.gateway_v6();
+    let rule = format!(
+        "*nat\n-A POSTROUTING -s {} -o eth0 -j MASQUERADE\nCOMMIT\n",
+        pod.address_v6
+    );
+    let mut load = lab.exec("minikube", ["ip6tables-nft-restore", "--noflush", "-w", "10"])?;
+    command::run_with_input(&mut load, &rule)?;
+    let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    let server = lab.udp_server(UNDERLAY, 5353, true)?;
+    let pings = lab.ping("pod1", outside.into(), 5, &[])?;
+    let datagrams = lab.udp_exchange("pod1", (outside, 5353).into(), COUNT, 100)?;
+    server.stop()?;
+    let packets = watch.stop()?.packets()?;
+    for (proto, count) in [("icmpv6", pings.received), ("udp", datagrams.received)] {
+        let is_it = |packet: &&Value| goes(packet, proto, &outside.to_string(), &node.address_v6.to_string());
+        let of_these: Vec<&Value> = packets.iter().filter(is_it).collect();
+        ensure!(
+            count == 5 && of_these.len() as u64 == count,
+            "{count} of {proto}: {packets:#?}"
+        );
+        for trace in of_these {
+            let first = at_interfaces(trace).next().context("an interface")?;
+            ensure!(
+                trace["verdict"] == "delivered"
+                    && first["interface"] == "eth0"
+                    && trace["nat"][0]["to"]["address"] == pod.address_v6.to_string(),
+                "{trace:#}"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// From the outside by a node that the pod is not on: kube-proxy makes it the node's own, or the pod would answer past it.
@@ -233,14 +318,14 @@ fn floating_ip() -> Result<()> {
     let lab = Lab::up(&quiet())?;
     let node = lab.node("minikube-m02")?.name;
     let asked = (FLOATING, 8080).into();
-    let outside = connect(&lab, &KNOWN, UNDERLAY, asked, (FLOATING_POD, 8080))?;
+    let outside = connect(&lab, &[], UNDERLAY, asked, (FLOATING_POD, 8080))?;
     ensure!(outside.peer == outside.client, "the server saw {}", outside.peer);
     outside.check(
         &[("dnat", &node, asked, outside.server)],
         &[("snat", &node, outside.server, asked)],
         ["delivered", "left"],
     )?;
-    let itself = connect(&lab, &KNOWN, FLOATING_POD, asked, (FLOATING_POD, 8080))?;
+    let itself = connect(&lab, &[], FLOATING_POD, asked, (FLOATING_POD, 8080))?;
     ensure!(itself.peer.ip() == FLOATING, "the server saw {}", itself.peer);
     itself.check_both_ends(&node, ["delivered", "delivered"])
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, goes, only, quiet, with},
+    support::{Watch, arrived, goes, only, quiet, with},
     test,
 };
 
@@ -113,7 +113,7 @@ fn two_labs() -> Result<()> {
         .iter()
         .filter(|packet| goes(packet, "icmp", "10.244.120.67", "10.244.205.193"))
     {
-        ensure!(packet["verdict"] == "delivered", "{packet:#}");
+        ensure!(arrived(packet), "{packet:#}");
         let seen: BTreeSet<u64> = packet["observations"]
             .as_array()
             .context("observations")?

@@ -9,7 +9,10 @@ mod presence;
 
 use std::process::ExitCode;
 
+use calitrace_tests::lab::netfilter::Backend;
 use calitrace_tests::{Encapsulation, Need, Test, harness, test};
+
+const NFT: &[Need] = &[Need::Program("nft")];
 
 const TESTS: &[Test] = &[
     test("paths::vxlan", paths::vxlan),
@@ -28,8 +31,13 @@ const TESTS: &[Test] = &[
     test("paths::outside", paths::outside),
     test("policy::deny_and_end_of_tier", policy::deny_and_end_of_tier),
     test("policy::nft", policy::nft),
+    test("policy::nftables_mode", policy::nftables_mode).needs(NFT),
     test("policy::blackhole", policy::blackhole),
-    test("policy::service", policy::service),
+    test("policy::service", || policy::service(Backend::Any)),
+    test("policy::service_in_nftables_mode", || {
+        policy::service(Backend::Native)
+    })
+    .needs(NFT),
     test("policy::no_default_route", policy::no_default_route),
     test("counts::ping", counts::ping),
     test("counts::udp", counts::udp),

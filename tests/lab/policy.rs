@@ -21,6 +21,9 @@ fn ping(lab: &Lab, to: &str, replies: u64) -> Result<()> {
 
 /// Packets that matched the DROP rules of a chain on node 2.
 fn dropped(lab: &Lab, tool: &str, chain: &str) -> Result<u64> {
+    if tool == "nft" {
+        return dropped_by_nftables(lab, &format!("filter-{chain}"));
+    }
     let list = command::run(&mut lab.exec("minikube-m02", [tool, "-c", "-t", "filter"])?)?;
     let rules = command::text(&list);
     let rules = rules
@@ -30,6 +33,20 @@ fn dropped(lab: &Lab, tool: &str, chain: &str) -> Result<u64> {
     Ok(rules
         .filter_map(|line| line[1..].split(':').next()?.parse::<u64>().ok())
         .sum())
+}
+
+fn dropped_by_nftables(lab: &Lab, chain: &str) -> Result<u64> {
+    let list = ["nft", "list", "chain", "ip", "calico", chain];
+    let list = command::run(&mut lab.exec("minikube-m02", list)?)?;
+    let rules = command::text(&list);
+    // `… counter packets PACKETS bytes BYTES drop comment "…"`
+    let packets = rules.lines().filter_map(|line| {
+        let (_, counted) = line.split_once("counter packets ")?;
+        let mut words = counted.split(' ');
+        let packets: u64 = words.next()?.parse().ok()?;
+        (words.nth(2)? == "drop").then_some(packets)
+    });
+    Ok(packets.sum())
 }
 
 fn drops(netfilter: Backend, tool: &str) -> Result<()> {
@@ -57,6 +74,10 @@ pub(crate) fn nft() -> Result<()> {
     drops(Backend::Nft, "iptables-nft-save")
 }
 
+pub(crate) fn nftables_mode() -> Result<()> {
+    drops(Backend::Native, "nft")
+}
+
 pub(crate) fn blackhole() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     for node in lab.nodes() {
@@ -67,8 +88,11 @@ pub(crate) fn blackhole() -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn service() -> Result<()> {
-    let lab = Lab::up(&Options::default())?;
+pub(crate) fn service(netfilter: Backend) -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter,
+        ..Options::default()
+    })?;
     let server = lab.http_server("pod2", 8080)?;
     for (client, size) in [("pod1", 100_000), ("pod3", 1), ("pod4", 20)] {
         lab.http_get(client, SocketAddr::from((SERVICE, 80)), size)?;

@@ -28,6 +28,9 @@ pub enum Need {
     Tcx,
     /// A kernel that tells conntrack's types (most from 5.11 on).
     Conntrack,
+    /// A kernel whose veth devices merge packets (`veth_gro_requested`, drivers/net/veth.c, 5.13 and newer), and datagrams
+    /// that are forwarded, too, if asked to.
+    VethGro,
     /// A kernel with IPVS, and the program that sets it up.
     Ipvs,
     /// A kernel whose functions can be probed.
@@ -102,6 +105,9 @@ impl Test {
                 Need::Conntrack if !has_conntrack_types() => {
                     return missing("no type information of conntrack in this kernel", false);
                 }
+                Need::VethGro if !has_veth_gro() => {
+                    return missing("this kernel's veth devices merge no packets", false);
+                }
                 Need::Ipvs if !has_ipvs() => return missing("no IPVS in this kernel", false),
                 Need::Ipvs if find_program("ipvsadm").is_none() => {
                     return missing("needs ipvsadm, which `cargo xtask setup` installs", strict);
@@ -125,6 +131,14 @@ impl Test {
 /// Whether the kernel lets functions be probed by perf events.
 pub fn has_kprobes() -> bool {
     Path::new("/sys/bus/event_source/devices/kprobe").exists()
+}
+
+/// By the kernel's version: nothing else tells.
+fn has_veth_gro() -> bool {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release.split(['.', '-']).map(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().flatten(), numbers.next().flatten());
+    version >= (Some(5), Some(13))
 }
 
 /// Whether the kernel has virtual servers, built in or as a module, which is loaded for the answer.

@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod cargo;
 mod demo;
+mod felix_rules;
 mod fuzz;
 mod lab;
 mod lint;
@@ -45,6 +46,9 @@ enum Verb {
     Fuzz(fuzz::Options),
     /// Run tests in virtual machines with stock Debian kernels
     Vm(vm::Options),
+    /// Render Felix' rule sets with Calico's own packages, and keep what the tools show of them in tests/felix (by hand; needs
+    /// Go and root)
+    FelixRules,
     /// Measure what calitrace costs and how fast it is
     Bench(bench::Options),
 }
@@ -69,6 +73,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Test(options) => test::run(&options),
         Verb::Fuzz(options) => fuzz::run(&options),
         Verb::Vm(options) => vm::run(&options),
+        Verb::FelixRules => felix_rules::run(),
         Verb::Bench(options) => bench::run(&options),
     }
 }

@@ -8,7 +8,7 @@ mod toolchain;
 
 use anyhow::Result;
 
-pub(crate) use packages::{FUZZ, GUESTS, LAB, PYTHON, TRAFFIC, require as require_programs};
+pub(crate) use packages::{FUZZ, GO, GUESTS, LAB, PYTHON, TRAFFIC, require as require_programs};
 
 /// All that any verb takes.
 pub(crate) fn everything() -> Result<()> {
@@ -38,6 +38,12 @@ pub(crate) fn for_tests() -> Result<()> {
 /// What virtual machines take. Needs root if a program is missing.
 pub(crate) fn for_guests() -> Result<()> {
     require_programs(&GUESTS)
+}
+
+/// What renders Felix' rule sets and loads them. Needs root if a program is missing.
+pub(crate) fn for_felix_rules() -> Result<()> {
+    for_tests()?;
+    require_programs(&GO)
 }
 
 /// The programs of the lab and the demo. Needs root if one is missing.

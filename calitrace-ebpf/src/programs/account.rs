@@ -5,15 +5,17 @@ use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use aya_ebpf::{
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
     helpers::generated::{bpf_get_smp_processor_id, bpf_ktime_get_ns},
-    maps::lpm_trie::Key,
+    maps::{lpm_trie::Key, ring_buf::RingBufEntry},
 };
 use calitrace_ebpf::{
-    Encapsulated, Flags, Full, Kind, Plain,
+    Encapsulated, Flags, Full, Kind, Logged, Plain,
     shared::{Counters, InterfaceKey},
 };
 
 use super::{
-    maps::{self, COUNTERS, Device, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, copy, known},
+    maps::{
+        self, COUNTERS, Device, Draft, EVENTS, INTERFACES, NETNS, SCOPE_V4, SCOPE_V6, WATERMARK, copy, known,
+    },
     view::{field, is_kernel_address},
 };
 
@@ -185,6 +187,39 @@ pub(super) fn interface(skb: u64, ifindex: u32, hook: u32) -> (u64, u32) {
 /// Puts the record into the ring, in the shortest layout that holds it.
 #[inline(always)]
 pub(super) fn record(full: &mut Full, hook: u32, skb: u64) -> Outcome {
+    stamp(full, hook, skb);
+    if full.plain.flags & (Flags::DROP | Flags::ICMP_ERROR | Flags::TOLD) != 0 {
+        full.plain.kind = Kind::Full as u8;
+        submit::<Full>(full)
+    } else if full.outer.kind != 0 {
+        full.plain.kind = Kind::Encapsulated as u8;
+        submit::<Encapsulated>(full)
+    } else {
+        full.plain.kind = Kind::Plain as u8;
+        submit::<Plain>(full)
+    }
+}
+
+/// Puts the record into the ring, and the draft's prefix with it.
+#[inline(always)]
+pub(super) fn record_logged(draft: &mut Draft, hook: u32, skb: u64) -> Outcome {
+    stamp(&mut draft.record, hook, skb);
+    draft.record.plain.kind = Kind::Logged as u8;
+    let Some(mut entry) = EVENTS.reserve::<Logged>(0) else {
+        return Outcome::RingRefused;
+    };
+    // SAFETY: both parts lie in the entry, which is aligned to 8, as the prefix in it is.
+    unsafe {
+        let to = entry.as_mut_ptr();
+        copy(&raw const draft.record, &raw mut (*to).full);
+        copy(&raw const draft.prefix, (&raw mut (*to).prefix).cast());
+    }
+    finish(entry)
+}
+
+/// Writes down which packet it is, where and when.
+#[inline(always)]
+fn stamp(full: &mut Full, hook: u32, skb: u64) {
     full.plain.hook = hook as u8;
     full.plain.skb = skb;
     // Where the way to the packet's bytes has not led past it.
@@ -198,16 +233,6 @@ pub(super) fn record(full: &mut Full, hook: u32, skb: u64) -> Outcome {
         full.plain.cpu = bpf_get_smp_processor_id() as u16;
         full.plain.time = bpf_ktime_get_ns();
     }
-    if full.plain.flags & (Flags::DROP | Flags::ICMP_ERROR | Flags::TOLD) != 0 {
-        full.plain.kind = Kind::Full as u8;
-        submit::<Full>(full)
-    } else if full.outer.kind != 0 {
-        full.plain.kind = Kind::Encapsulated as u8;
-        submit::<Encapsulated>(full)
-    } else {
-        full.plain.kind = Kind::Plain as u8;
-        submit::<Plain>(full)
-    }
 }
 
 /// Copies the first part of `full`, a `T`, into the ring.
@@ -219,6 +244,12 @@ fn submit<T: Copy + 'static>(full: &Full) -> Outcome {
     // SAFETY: each kind of record is a prefix of the next (`calitrace_ebpf::record` asserts it), and the ring's entries
     // are aligned to 8.
     unsafe { copy(core::ptr::from_ref(full).cast::<T>(), entry.as_mut_ptr()) };
+    finish(entry)
+}
+
+/// Hands a record that is written over to the consumer.
+#[inline(always)]
+fn finish<T>(entry: RingBufEntry<T>) -> Outcome {
     // A wakeup costs more than all else together, so the consumer comes by itself every few milliseconds, and is
     // woken only by the record that takes the unread data over the watermark. Unread data includes this record.
     let unread = EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));

@@ -10,9 +10,9 @@ use calitrace_ebpf::{Flags, Hook, Place};
 
 use super::{
     account::{self, Outcome},
-    conntrack,
+    answers, conntrack,
     maps::{self, Draft, Scope, settled},
-    parse::{self, Glance},
+    parse::{self, At, Glance},
     transport,
     view::SkbView,
 };
@@ -40,25 +40,25 @@ fn observe<const HOOK: u8>(ctx: &TcContext) -> i32 {
         let glance = if matches!(hook.place(), Place::Workload) {
             Glance::Unclear
         } else {
-            let uplink = matches!(hook.place(), Place::Uplink);
-            parse::glance(skb, protocol == parse::ETH_P_IPV6, uplink)
+            let at = match hook {
+                Hook::UplinkIngress => At::UplinkIngress(netns),
+                Hook::UplinkEgress => At::UplinkEgress,
+                _ => At::Tunnel,
+            };
+            parse::glance(skb, protocol == parse::ETH_P_IPV6, at)
         };
         // Translated, it has a pod's address no more; on its way in, conntrack has not seen it yet. What the node sends
         // itself (most that is out of scope, and all that is encapsulated) came from no device, and is not looked up.
-        let glance = if HOOK == Hook::UplinkEgress as u8
+        let translated = HOOK == Hook::UplinkEgress as u8
             && matches!(glance, Glance::OutOfScope | Glance::Carrier)
             // SAFETY: a field of the program's context.
             && unsafe { (*skb).ingress_ifindex } != 0
-            && conntrack::in_scope(ctx.as_ptr() as u64)
-        {
-            Glance::InScope
-        } else {
-            glance
-        };
-        if glance == Glance::OutOfScope {
+            && conntrack::in_scope(ctx.as_ptr() as u64);
+        if glance == Glance::OutOfScope && !translated {
             Outcome::OutOfScope
         } else {
             let scope = match glance {
+                _ if translated => Scope::Translated,
                 Glance::InScope => Scope::Inside,
                 Glance::Carrier => Scope::Outside,
                 _ => Scope::Unknown,
@@ -86,11 +86,16 @@ fn look_into<const HOOK: u8>(ctx: &TcContext, protocol: u16, netns: u64, scope: 
         return Outcome::NonIp;
     }
     let draft = settled(draft);
+    if HOOK == Hook::UplinkEgress as u8 && draft.scope == Scope::Translated as u32 {
+        answers::expect(netns, &draft.record.plain);
+    }
     let in_scope = HOOK == Hook::WorkloadIngress as u8
         || HOOK == Hook::WorkloadEgress as u8
         || draft.scope == Scope::Inside as u32
+        || (HOOK == Hook::UplinkEgress as u8 && draft.scope == Scope::Translated as u32)
         || account::in_scope(&draft.record.plain)
-        || (HOOK == Hook::UplinkIngress as u8 && is_about_tunnel(skb, draft));
+        || (HOOK == Hook::UplinkIngress as u8
+            && (answers::is_expected(netns, &draft.record) || is_about_tunnel(skb, draft)));
     if !in_scope {
         return Outcome::OutOfScope;
     }

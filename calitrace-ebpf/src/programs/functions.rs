@@ -11,10 +11,11 @@
 
 use aya_ebpf::{
     EbpfContext as _,
+    helpers::generated::bpf_probe_read_kernel_str,
     macros::{fentry, kprobe},
     programs::{FEntryContext, ProbeContext},
 };
-use calitrace_ebpf::{Flags, Hook, TunnelKind, shared::BODY};
+use calitrace_ebpf::{Flags, Hook, TunnelKind, record::PREFIX, shared::BODY};
 
 use super::{
     account::{self, Outcome},
@@ -23,6 +24,9 @@ use super::{
     tracing,
     view::field,
 };
+
+/// `struct xt_nflog_info`.`prefix` (`include/uapi/linux/netfilter/xt_NFLOG.h`).
+const XT_NFLOG_PREFIX: u64 = 12;
 
 /// Arguments of a probed function, counted from 0.
 trait Arguments {
@@ -104,6 +108,30 @@ fn icmp(arguments: &impl Arguments) -> Option<Call> {
     })
 }
 
+/// `nflog_tg(skb, par)` (`net/netfilter/xt_NFLOG.c`, 5.10 to 6.18).
+#[inline(always)]
+fn nflog(arguments: &impl Arguments) -> Option<Call> {
+    let info: u64 = field(arguments.argument(1)?, known!(xt_targinfo)?)?;
+    Some(Call {
+        skb: arguments.argument(0)?,
+        told: 1,
+        prefix: info.wrapping_add(XT_NFLOG_PREFIX),
+        ..Call::EMPTY
+    })
+}
+
+/// `nft_log_eval(expr, regs, pkt)` (`net/netfilter/nft_log.c`, 5.10 to 6.18). What `pkt` points to begins with the
+/// `sk_buff`'s address (`struct nft_pktinfo`, `include/net/netfilter/nf_tables.h`).
+#[inline(always)]
+fn nft_log(arguments: &impl Arguments) -> Option<Call> {
+    Some(Call {
+        skb: field(arguments.argument(2)?, 0)?,
+        told: 1,
+        prefix: field(arguments.argument(0)?, known!(nft_log_prefix)?)?,
+        ..Call::EMPTY
+    })
+}
+
 macro_rules! kprobes {
     ($($name:ident: $hook:ident, $read:expr;)*) => {$(
         #[kprobe]
@@ -124,6 +152,8 @@ kprobes! {
     calitrace_vxlan_rcv: VxlanRcv, |ctx| packet_at(ctx, 1);
     calitrace_icmp_send: IcmpSend, |ctx| icmp(ctx);
     calitrace_icmp6_send: Icmp6Send, |ctx| icmp(ctx);
+    calitrace_nflog_tg: NflogTg, |ctx| nflog(ctx);
+    calitrace_nft_log_eval: NftLogEval, |ctx| nft_log(ctx);
 }
 
 /// Notes the call and goes on with the body. The note is this CPU's, and the kernel runs no other kprobe program on it
@@ -208,5 +238,25 @@ fn packet(call: &Call, (netns, ifindex): (u64, u32), draft: &mut Draft) -> Outco
         full.tail.location = call.location;
     }
     tracing::segmentation(call.skb, full);
+    if call.prefix != 0 {
+        return logged(call, draft);
+    }
     account::record(full, call.hook, call.skb)
+}
+
+/// A rule logs the packet. Without a prefix it has nothing to say.
+#[inline(always)]
+fn logged(call: &Call, draft: &mut Draft) -> Outcome {
+    let prefix = &raw mut draft.prefix;
+    for index in 0..PREFIX / 8 {
+        // SAFETY: within the array. Volatile, or the compiler makes a call of `memset` of it.
+        unsafe { prefix.cast::<u64>().add(index).write_volatile(0) };
+    }
+    // SAFETY: the helper checks the address it reads from, and writes no more than the array, with a 0 at the end.
+    let length = unsafe { bpf_probe_read_kernel_str(prefix.cast(), PREFIX as u32, call.prefix as *const _) };
+    // With the 0.
+    if length <= 1 {
+        return Outcome::Filtered;
+    }
+    account::record_logged(draft, call.hook, call.skb)
 }

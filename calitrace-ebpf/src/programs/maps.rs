@@ -9,6 +9,7 @@ use aya_ebpf::{
 };
 use calitrace_ebpf::{
     Full,
+    record::PREFIX,
     shared::{Counters, InterfaceKey, OFFSET_UNKNOWN, Offsets, SCOPE_PREFIXES, SLOTS},
 };
 
@@ -61,6 +62,8 @@ pub(super) struct Call {
     pub(super) skb: u64,
     /// As `Tail::location`.
     pub(super) location: u64,
+    /// Address of the text that a rule logs; 0: none does.
+    pub(super) prefix: u64,
     pub(super) hook: u32,
     /// Not 0: `reason` and `location` are set.
     pub(super) told: u32,
@@ -80,6 +83,7 @@ impl Call {
     pub(super) const EMPTY: Self = Self {
         skb: 0,
         location: 0,
+        prefix: 0,
         hook: 0,
         told: 0,
         reason: 0,
@@ -185,9 +189,11 @@ pub(super) struct Draft {
     pub(super) pad: u32,
     /// The part of an `sk_buff` that tells where its bytes are. Not zeroed.
     pub(super) window: [u64; 6],
+    /// As `Logged::prefix`. Not zeroed.
+    pub(super) prefix: [u64; PREFIX / 8],
 }
 
-const _: () = assert!(size_of::<Draft>() == size_of::<Full>() + 32 + 32 + 48);
+const _: () = assert!(size_of::<Draft>() == size_of::<Full>() + 32 + 32 + 48 + PREFIX);
 
 /// What is known of an address of the outermost header.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -198,6 +204,8 @@ pub(super) enum Scope {
     Inside = 1,
     /// None is.
     Outside = 2,
+    /// None is, but the packet is of a translated connection that has one.
+    Translated = 3,
 }
 
 /// Marks the end of a stage of parsing: what the compiler keeps in registers goes to memory, of which the verifier

@@ -15,6 +15,7 @@
 )]
 
 mod account;
+mod answers;
 mod classifier;
 mod conntrack;
 mod drops;

@@ -14,7 +14,7 @@ use network_types::{
 };
 
 use super::{
-    account,
+    account, answers,
     maps::{Draft, Scope, VXLAN_PORT, settled},
     transport,
     view::{self, View},
@@ -75,19 +75,28 @@ struct Beginning<T> {
     ports: [u8; 4],
 }
 
+/// At which of a node's devices a glance is taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum At {
+    Tunnel,
+    UplinkEgress,
+    /// In this namespace.
+    UplinkIngress(u64),
+}
+
 /// Looks at the IP header and the ports only. Most packets at an uplink are none of ours, and this is all they cost.
 #[inline(always)]
-pub(super) fn glance(skb: *mut __sk_buff, v6: bool, uplink: bool) -> Glance {
+pub(super) fn glance(skb: *mut __sk_buff, v6: bool, at: At) -> Glance {
     let told = if v6 {
-        glance_v6(skb, uplink)
+        glance_v6(skb, at)
     } else {
-        glance_v4(skb, uplink)
+        glance_v4(skb, at)
     };
     told.unwrap_or(Glance::Unclear)
 }
 
 #[inline(always)]
-fn glance_v4(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
+fn glance_v4(skb: *mut __sk_buff, at: At) -> Option<Glance> {
     let Beginning::<Ipv4Hdr> { header, ports } = view::beginning(skb, 0)?;
     // No options, and no length that says something else than usual.
     if header.vihl != 0x45 || u16::from_be_bytes(header.tot_len) < 20 {
@@ -96,11 +105,12 @@ fn glance_v4(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
     if account::in_scope_v4(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(header.proto, ports, uplink))
+    let ends = || (words_v4(header.src_addr), words_v4(header.dst_addr));
+    Some(carries(header.proto, ports, at, ends))
 }
 
 #[inline(always)]
-fn glance_v6(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
+fn glance_v6(skb: *mut __sk_buff, at: At) -> Option<Glance> {
     let Beginning::<Ipv6Hdr> { header, ports } = view::beginning(skb, 0)?;
     if header.vcf[0] >> 4 != 6 || header.payload_len == [0; 2] {
         return None;
@@ -108,24 +118,48 @@ fn glance_v6(skb: *mut __sk_buff, uplink: bool) -> Option<Glance> {
     if account::in_scope_v6(header.src_addr, header.dst_addr) {
         return Some(Glance::InScope);
     }
-    Some(carries(header.next_hdr, ports, uplink))
+    let ends = || (answers::words(&header.src_addr), answers::words(&header.dst_addr));
+    Some(carries(header.next_hdr, ports, at, ends))
 }
 
 /// Whether it can be a tunnel's packet, or an ICMP error about one, or has further headers; or leads to a service by a
-/// port of the node.
+/// port of the node; or answers what was translated.
 #[inline(always)]
-fn carries(proto: u8, [a, b, c, d]: [u8; 4], uplink: bool) -> Glance {
+fn carries(
+    proto: u8,
+    ports @ [a, b, c, d]: [u8; 4],
+    at: At,
+    ends: impl FnOnce() -> ([u64; 2], [u64; 2]),
+) -> Glance {
     if proto != IPPROTO_TCP && proto != IPPROTO_UDP {
         return Glance::Carrier;
     }
     let (source, destination) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
     if proto == IPPROTO_UDP && u32::from(destination) == VXLAN_PORT.load() {
-        Glance::Carrier
-    } else if uplink && (NODE_PORTS.contains(&source) || NODE_PORTS.contains(&destination)) {
+        return Glance::Carrier;
+    }
+    let node_port = NODE_PORTS.contains(&source) || NODE_PORTS.contains(&destination);
+    let in_scope = match at {
+        At::Tunnel => false,
+        At::UplinkEgress => node_port,
+        At::UplinkIngress(netns) => {
+            node_port || {
+                let (src, dst) = ends();
+                answers::expected(netns, src, dst, u32::from_be_bytes(ports), proto)
+            }
+        }
+    };
+    if in_scope {
         Glance::InScope
     } else {
         Glance::OutOfScope
     }
+}
+
+/// An address as it lies in a record.
+#[inline(always)]
+fn words_v4([a, b, c, d]: [u8; 4]) -> [u64; 2] {
+    [0, u64::from_ne_bytes([0, 0, 0xff, 0xff, a, b, c, d])]
 }
 
 /// Makes the packet the outer one, and the one inside it the packet.

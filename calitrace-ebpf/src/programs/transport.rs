@@ -15,8 +15,8 @@ use super::{
     view::View,
 };
 
-const IPPROTO_ICMP: u8 = 1;
-const IPPROTO_ICMPV6: u8 = 58;
+pub(super) const IPPROTO_ICMP: u8 = 1;
+pub(super) const IPPROTO_ICMPV6: u8 = 58;
 const IPPROTO_SCTP: u8 = 132;
 
 /// Reads the transport header into the draft's record, as far as it is there.
@@ -273,7 +273,7 @@ fn digest<V: View>(view: &V, draft: &mut Draft) -> u64 {
 
 /// The finaliser of `SplitMix64`: every bit of the input changes half of the output's.
 #[inline(always)]
-fn mix(mut value: u64) -> u64 {
+pub(super) fn mix(mut value: u64) -> u64 {
     value = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
     value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

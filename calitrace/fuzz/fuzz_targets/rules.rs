@@ -1,13 +1,22 @@
-//! Netfilter rules and IP sets as their tools write them, and a packet that goes through them. Whatever the text, following it
-//! ends, and the same rules say the same.
+//! Netfilter rules and IP sets as their tools write them (iptables, ipset, nft), and a packet that goes through them. Whatever
+//! the text, following it ends, and the same rules say the same.
 #![no_main]
 
-use calitrace::netfilter::{Asked, Device, Hook, Ruleset, Sets, States};
+use calitrace::netfilter::{Asked, Device, Hook, Ruleset, Sets, States, compact_nft};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|texts: (&str, &str, [u8; 4], u16)| {
     let (rules, sets, address, port) = texts;
-    let (ruleset, sets) = (Ruleset::parse(rules), Sets::parse(sets));
+    let sets = Sets::parse(sets);
+    let rulesets = [Ruleset::parse(rules), Ruleset::parse_nft(rules, false)];
+    let again = [Ruleset::parse(rules), Ruleset::parse_nft(rules, false)];
+    if let Ok(kept) = compact_nft(rules) {
+        assert!(
+            kept.lines()
+                .all(|line| line.starts_with('{') && line.ends_with('}'))
+        );
+        drop(Ruleset::parse_nft(&kept, true));
+    }
     for proto in [1, 6] {
         let packet = Asked {
             src: address.into(),
@@ -18,13 +27,16 @@ fuzz_target!(|texts: (&str, &str, [u8; 4], u16)| {
             input: Device::Is("tunl0"),
             output: Device::Is("cali8d02ed71817"),
             states: States::ANY,
+            is_from_there: false,
             local: &[],
         };
         let hooks = [Hook::Prerouting, Hook::Forward, Hook::Postrouting];
-        let said = ruleset.culprits(&packet, &hooks, &sets);
-        assert_eq!(said, Ruleset::parse(rules).culprits(&packet, &hooks, &sets));
-        for culprit in said {
-            assert!(!culprit.to_string().is_empty());
+        for (ruleset, again) in rulesets.iter().zip(&again) {
+            let said = ruleset.culprits(&packet, &hooks, &sets);
+            assert_eq!(said, again.culprits(&packet, &hooks, &sets));
+            for culprit in said {
+                assert!(!culprit.to_string().is_empty());
+            }
         }
     }
 });

@@ -39,7 +39,7 @@ impl Write for Memory {
 
 fn views(items: &[Item]) -> [String; 3] {
     let memories: [Memory; 3] = Default::default();
-    let sinks = [Format::Text, Format::Json, Format::Traceroute]
+    let sinks = [Format::Text { sizes: true }, Format::Json, Format::Traceroute]
         .into_iter()
         .zip(&memories)
         .map(|(format, memory)| format.sink(Output::new(Box::new(memory.clone()), "memory".into()), None))

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use calitrace::event::{
     Detail, DropNames, EncapKind, Hook, NetfilterVerdict, Observation, Quoted, QuotedTransport, Transport,
 };
-use calitrace_ebpf::{Encapsulated, Flags, Full, Kind, Outer, Plain, TunnelKind};
+use calitrace_ebpf::{Encapsulated, Flags, Full, Kind, Logged, Outer, Plain, TunnelKind, record::PREFIX};
 
 /// Names of a drop from which its numbers can be had again.
 pub struct Numbers;
@@ -26,6 +26,7 @@ pub fn record_length(kind: u8) -> Option<usize> {
         kind if kind == Kind::Plain as u8 => Some(size_of::<Plain>()),
         kind if kind == Kind::Encapsulated as u8 => Some(size_of::<Encapsulated>()),
         kind if kind == Kind::Full as u8 => Some(size_of::<Full>()),
+        kind if kind == Kind::Logged as u8 => Some(size_of::<Logged>()),
         _ => None,
     }
 }
@@ -58,16 +59,31 @@ pub fn record(observation: &Observation) -> Vec<u8> {
         full.tail.location = number(drop.location.as_deref());
     }
     let has_tail = full.plain.flags & (Flags::DROP | Flags::TOLD | Flags::ICMP_ERROR) != 0;
+    let prefix = match &observation.detail {
+        Some(Detail::Logged { prefix }) => Some(prefix.as_bytes()),
+        _ => None,
+    };
     let kind = match (has_tail, observation.encap.is_some()) {
+        _ if prefix.is_some() => Kind::Logged,
         (true, _) => Kind::Full,
         (false, true) => Kind::Encapsulated,
         (false, false) => Kind::Plain,
     };
     full.plain.kind = kind as u8;
+    let mut logged = Logged {
+        full,
+        prefix: [0; PREFIX],
+    };
+    for (to, from) in logged.prefix[..PREFIX - 1]
+        .iter_mut()
+        .zip(prefix.unwrap_or_default())
+    {
+        *to = *from;
+    }
     // SAFETY: a record is made of integers, with explicit padding: all its bytes are set.
     let bytes =
-        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&full).cast::<u8>(), size_of::<Full>()) };
-    bytes[..record_length(full.plain.kind).unwrap_or(bytes.len())].to_vec()
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(&logged).cast::<u8>(), size_of::<Logged>()) };
+    bytes[..record_length(kind as u8).unwrap_or(bytes.len())].to_vec()
 }
 
 /// What does not depend on the protocol.
@@ -240,6 +256,8 @@ fn told(detail: &Detail, full: &mut Full) {
             full.tail.quoted_dst = address(new);
         }
         Detail::Cloned { skb } => *location = skb,
+        // What it is stands behind the rest.
+        Detail::Logged { .. } => {}
     }
 }
 

@@ -162,6 +162,18 @@ pub(super) fn encap_of(link: &Link) -> Option<EncapKind> {
     }
 }
 
+/// What a tunnel adds to a packet, in bytes (`felix/dataplane/linux/int_dataplane.go`, Calico 3.34).
+pub(super) fn overhead(link: &Link) -> Option<u32> {
+    let v6 = link.name.contains("v6");
+    Some(match encap_of(link)? {
+        EncapKind::Ipip => 20,
+        EncapKind::Vxlan if v6 => 70,
+        EncapKind::Vxlan => 50,
+        EncapKind::Wireguard if v6 => 80,
+        EncapKind::Wireguard => 60,
+    })
+}
+
 /// Neither loopback, link-local, multicast nor unspecified.
 pub(super) fn global(address: IpAddr) -> bool {
     match address {
@@ -297,13 +309,7 @@ mod tests {
             kind: Some(kind.to_owned()),
             mtu: 1500,
             flags: 1,
-            address: Vec::new(),
-            master: None,
-            link: None,
-            link_netnsid: None,
-            vlan: None,
-            vxlan: None,
-            ipip: None,
+            ..Link::default()
         }
     }
 

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result};
 use ipnet::IpNet;
 
 pub use names::workload_interface;
-pub use view::{NodeView, facts_changed, facts_gone};
+pub use view::{NodeView, add_services, facts_changed, facts_gone};
 
 use crate::{
     error::NoPermission,

@@ -1,6 +1,6 @@
 //! One node as it stands: built from its tables and files, compared with an earlier look to tell what changed.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
@@ -13,7 +13,7 @@ use super::{
 use crate::{
     event::{self, Fact, Netns, Role},
     netns::{self, Found, Handle},
-    route::{Link, Lookup, Snapshot, Type, peer_namespaces},
+    route::{self, Link, Lookup, Snapshot, Type, peer_namespaces},
 };
 
 /// Kubeadm's default service prefix, taken where nothing tells better.
@@ -125,6 +125,20 @@ impl NodeView {
         let links = self.snapshot.links.iter();
         let named = links.filter(|link| has_prefix(link, &self.options.interface_prefixes));
         named.filter(|link| !self.pods.iter().any(|pod| pod.ifindex == link.ifindex))
+    }
+
+    /// The pod's own end of its interface, where its namespace is on this host and among `all`.
+    pub(super) fn pod_end(&self, pod: &event::Pod, all: &[Found]) -> Result<Option<Link>> {
+        let peer = self.snapshot.link(pod.ifindex).and_then(|link| link.link);
+        let Some((netns, peer)) = pod.pod_netns.zip(peer) else {
+            return Ok(None);
+        };
+        let Some(found) = all.iter().find(|found| found.inode() == netns) else {
+            return Ok(None);
+        };
+        let links = route::links(&found.handle)
+            .with_context(|| format!("look at the pod behind interface {}", pod.ifindex))?;
+        Ok(links.into_iter().find(|link| link.ifindex == peer))
     }
 
     /// The interface with that index.
@@ -353,6 +367,27 @@ pub fn facts_changed(old: Option<&NodeView>, new: &NodeView, time: u64) -> Vec<F
         });
     }
     facts
+}
+
+/// Makes addresses that lead to pods services' of all nodes. Not those of the nodes: what goes to them is mostly for the nodes
+/// themselves.
+pub fn add_services(nodes: &mut [NodeView], translated: &BTreeSet<IpNet>) {
+    if translated.is_empty() {
+        return;
+    }
+    let own = nodes.iter().flat_map(|node| node.node.addresses.clone());
+    let remote = nodes.iter().flat_map(|node| &node.routes);
+    let remote = remote.filter_map(|route| route.remote_node);
+    let of_nodes: BTreeSet<IpAddr> = own.chain(remote).collect();
+    for node in nodes {
+        let is_new = |prefix: &&IpNet| {
+            !of_nodes.contains(&prefix.addr())
+                && !node.services.iter().any(|known| known.contains(&prefix.addr()))
+        };
+        let new: Vec<IpNet> = translated.iter().filter(is_new).copied().collect();
+        node.services.extend(&new);
+        node.scope = sorted(node.scope.iter().chain(&new).copied().collect());
+    }
 }
 
 /// What is to be told of a node that is gone altogether.

@@ -10,6 +10,7 @@ use super::{
     plan::{self, OutputFile, Plan},
 };
 use crate::{
+    calico::topology::Place,
     correlate::Config,
     filter::{End, Filter, PodName, Protocol},
     kernel::Probes,
@@ -77,6 +78,15 @@ Examples:
 
 Exit codes: 0 done, 1 error, 2 usage.";
 
+const TOPOLOGY_AFTER: &str = "\
+Examples:
+  calitrace topology                                              all nodes, and a few paths
+  calitrace topology --from default/web-0 --to shop/cart-0        the path between two pods
+  calitrace topology --from default/web-0 --to 10.96.0.10         to each pod behind a service
+  calitrace topology --from default/web-0 --to 1.1.1.1 -o json    out of the cluster, for a script
+
+Exit codes: 0 done, 1 error, 2 usage, 3 no permission, 4 no Calico node.";
+
 /// Traces the real packets of Calico pods, hop by hop.
 ///
 /// Shows for the traffic of pods what traceroute shows for its probes: every router a packet crosses, with addresses
@@ -105,9 +115,18 @@ enum Verb {
     Read(ReadArgs),
     /// Show the Calico nodes of this machine
     ///
-    /// Shows devices, addresses, routes, blocks and pods of each node, and the path and MTU to expect between them.
+    /// Shows devices, addresses, routes, blocks and pods of each node, and the path and MTU to expect between them. With
+    /// --from and --to the path between these two: what traceroute would print, the devices and outer headers on the way,
+    /// the largest packet that passes whole, and what calitrace would not see. It is what the tables say: no packet is
+    /// sent.
+    #[command(after_help = TOPOLOGY_AFTER)]
     Topology(TopologyArgs),
     /// Show what works on this machine, what does not and why
+    ///
+    /// Tries the hooks on this kernel, and looks at each Calico node for what loses packets: gateway and forwarding,
+    /// reverse path filters, tunnels, nodes that the rules take for strangers, MTUs that do not fit together, a full table
+    /// of connections, wrong checksums in VXLAN, other network plugins. Says with each what would mend it; without --clean
+    /// it changes nothing.
     Doctor(DoctorArgs),
 }
 
@@ -175,6 +194,12 @@ struct TopologyArgs {
     )]
     #[arg(help = "Form of the output: text or json", value_parser = ["text", "json"])]
     output: String,
+    /// Show the path from this pod, by name or address
+    #[arg(long, value_name = "END", value_parser = place, requires = "to", help_heading = "Which path")]
+    from: Option<Place>,
+    /// Show the path to this pod, service address or other address
+    #[arg(long, value_name = "END", value_parser = place, requires = "from", help_heading = "Which path")]
+    to: Option<Place>,
     #[command(flatten)]
     nodes: NodeArgs,
 }
@@ -226,6 +251,11 @@ struct OutputArgs {
     /// as calitrace-1.schema.json in the sources says. traceroute: blocks in the form that traceroute prints.
     #[arg(short, long, value_enum, value_name = "FORM", default_value_t = Form::Text, hide_possible_values = true)]
     output: Form,
+    /// With the packet's bytes and the MTU at each interface (text)
+    ///
+    /// Before and after encapsulation. Always shown of a packet that is too large; json has them of every packet.
+    #[arg(long)]
+    sizes: bool,
     /// Write all that is observed to a file; may be repeated
     ///
     /// The ending tells the format: .jsonl is an event log for `calitrace read`. The filter does not restrict it.
@@ -288,6 +318,7 @@ impl From<Cli> for Plan {
             }),
             Verb::Topology(args) => plan::Command::Topology(plan::Topology {
                 json: args.output == "json",
+                between: args.from.zip(args.to),
                 nodes: args.nodes.into(),
             }),
             Verb::Doctor(args) => plan::Command::Doctor(plan::Doctor {
@@ -353,7 +384,7 @@ fn view(filter: FilterArgs, output: OutputArgs) -> plan::View {
             dropped,
         },
         format: match output.output {
-            Form::Text => Format::Text,
+            Form::Text => Format::Text { sizes: output.sizes },
             Form::Json => Format::Json,
             Form::Traceroute => Format::Traceroute,
         },
@@ -395,6 +426,15 @@ fn max_open(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count) if (1..=MOST).contains(&count) => Ok(count),
         _ => Err(format!("expected a number from 1 to {MOST}")),
+    }
+}
+
+/// An end of a path: as of a filter, but one receiver and no prefix.
+fn place(text: &str) -> Result<Place, String> {
+    match text.parse() {
+        Ok(End::Pod(name)) => Ok(Place::Pod(name.to_string())),
+        Ok(End::Net(net)) if net.prefix_len() == net.max_prefix_len() => Ok(Place::Address(net.addr())),
+        _ => Err("expected a pod (NAMESPACE/NAME) or an address".into()),
     }
 }
 

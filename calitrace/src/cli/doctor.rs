@@ -12,7 +12,7 @@ use super::plan;
 use crate::{
     calico::{
         self, NodeView,
-        doctor::{self, Finding, Severity, Sysctls},
+        doctor::{self, Evidence, Finding, Severity},
     },
     event::{HookStatus, Role},
     kernel::{self, Capability, leftovers},
@@ -40,7 +40,7 @@ pub(super) fn run(plan: &plan::Doctor) -> Result<()> {
         writeln!(output, "✗ {}", plan.nodes.absent())?;
     }
     for node in &nodes {
-        let findings = doctor::check(node, &Sysctls::read(node)?);
+        let findings = doctor::check(node, &Evidence::read(node)?);
         describe(&mut output, node, &findings)?;
     }
     output.flush().context("show what works")

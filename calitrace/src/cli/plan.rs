@@ -5,6 +5,7 @@ use std::{num::NonZeroU64, path::PathBuf, time::Duration};
 use ipnet::IpNet;
 
 use crate::{
+    calico::topology::Place,
     filter::Filter,
     kernel::Probes,
     sink::{FileFormat, Format},
@@ -71,6 +72,8 @@ pub struct Topology {
     pub nodes: Nodes,
     /// As JSON.
     pub json: bool,
+    /// Only the path between these two.
+    pub between: Option<(Place, Place)>,
 }
 
 /// Show what works on this machine.

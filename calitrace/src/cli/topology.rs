@@ -1,4 +1,4 @@
-//! `calitrace topology`: what the tables of the nodes say, as text or JSON.
+//! `calitrace topology`: what the tables of the nodes say, or the path between two places, as text or JSON.
 
 use std::io::{self, Write as _};
 
@@ -8,6 +8,7 @@ use super::plan;
 use crate::{
     calico::{self, topology::Topology},
     error::NothingToTrace,
+    kernel,
     sink::Output,
 };
 
@@ -20,13 +21,32 @@ pub(super) fn run(plan: &plan::Topology) -> Result<()> {
         }
         .into());
     }
-    let topology = Topology::of(&nodes)?;
+    let topology = match &plan.between {
+        Some((from, to)) => with_kernel(Topology::between(&nodes, from, to)?),
+        None => Topology::of(&nodes)?,
+    };
     let mut output = Output::stdout();
     if plan.json {
         serde_json::to_writer(&mut output, &topology).map_err(io::Error::from)?;
         output.write_all(b"\n")?;
+    } else if plan.between.is_some() {
+        topology.write_paths(&mut output)?;
     } else {
         topology.write_text(&mut output)?;
     }
     output.flush().context("show the topology")
+}
+
+/// With what this kernel keeps from being seen.
+fn with_kernel(mut topology: Topology) -> Topology {
+    if !kernel::has_kprobes() {
+        for path in &mut topology.paths {
+            path.not_seen.push(
+                "What happens between two interfaces of a node (netfilter's hooks, the tunnel at work): this kernel has no \
+                 kprobes."
+                    .to_owned(),
+            );
+        }
+    }
+    topology
 }

@@ -4,13 +4,15 @@ use std::net::IpAddr;
 
 use super::{
     Name,
+    firewall::Firewall,
     open::{Open, Seen},
-    topology::Topology,
+    timers::MILLISECOND,
+    topology::{Device, Topology},
     waypoint,
 };
 use crate::{
-    event::{EncapKind, Hook, Route, RouteKind, Transport, has_ports},
-    netfilter::{self, Asked, Culprit, Device, States},
+    event::{Drop, EncapKind, Hook, Route, RouteKind, Transport, has_ports},
+    netfilter::{self, Asked, Cause, Culprit, Device as At, States},
 };
 
 /// IANA protocol numbers.
@@ -26,6 +28,8 @@ pub(super) struct Blame<'a> {
     pub(super) culprits: Vec<Culprit>,
     /// The device it was to leave by, where it was on its way there.
     pub(super) before: Option<&'a str>,
+    /// The MTU of that, where the packet is too large for it.
+    pub(super) mtu: Option<u32>,
     /// The route to its destination, where that leads nowhere.
     pub(super) route: Option<&'a Route>,
 }
@@ -43,31 +47,41 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
         let hooks = hooks(open, *index, topology);
         let (input, output) = devices(open, seen, &hooks, topology);
         let packet = asked(open, seen, (input, output), topology);
-        let culprits = topology
-            .firewall(seen.node)
-            .map_or_else(Vec::new, |firewall| firewall.culprits(&packet, &hooks));
+        let firewall = topology.firewall(seen.node);
+        let mut culprits = firewall.map_or_else(Vec::new, |firewall| {
+            culprits(firewall, &packet, &hooks, seen.time)
+        });
+        // What a rule logged of the packet itself leaves no doubt.
+        if let Some((prefix, mut logged)) = waypoint::logged_before(open, *index) {
+            let loggers = firewall.map_or_else(Vec::new, |firewall| {
+                firewall.loggers(prefix, packet.src.is_ipv6(), seen.time)
+            });
+            logged.complete(&loggers);
+            if let Some(culprit) = logged.culprit(&culprits, &loggers) {
+                culprits = vec![culprit];
+            }
+        }
         let before = match output {
-            Device::Is(name) => Some(name),
-            Device::None | Device::Unknown => None,
+            At::Is(name) => Some(name),
+            At::None | At::Unknown => None,
         };
         return Blame {
             culprits,
             before,
-            route: None,
+            ..Blame::default()
         };
     }
     let destination = destination(open, seen);
     // What is too large for a device is dropped before it (`ip_forward`, `net/ipv4/ip_forward.c`; `ip6_forward`,
     // `net/ipv6/ip6_output.c`).
-    let is_too_large = drop.reason.as_deref() == Some("PKT_TOO_BIG")
-        || open
-            .answered
-            .as_ref()
-            .is_some_and(|answered| answered.mtu.is_some());
-    let before = is_too_large
-        .then(|| topology.way_out(seen.node, destination))
-        .flatten()
-        .map(|name| &**name);
+    let told = open
+        .answered
+        .as_ref()
+        .is_some_and(|answered| answered.mtu.is_some());
+    let is_too_large = |device: &&Device| {
+        told || drop.reason.as_deref() == Some("PKT_TOO_BIG") || exceeds(open, drop, seen, device.mtu)
+    };
+    let before = topology.way_out(seen.node, destination).filter(is_too_large);
     // What no route sends on is dropped by routing itself (`ip_error`, `net/ipv4/route.c`; `ip6_pkt_drop`,
     // `net/ipv6/route.c`), for the same reason as much else.
     let may_be_routing = matches!(
@@ -80,10 +94,62 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
         // The block of a tunnel's address is a blackhole, too.
         .filter(|_| may_be_routing && !topology.is_own(seen.node, destination));
     Blame {
-        before,
+        before: before.map(|device| &*device.name),
+        mtu: before.map(|device| device.mtu),
         route,
         ..Blame::default()
     }
+}
+
+/// The rules that may have dropped it.
+///
+/// What may begin a connection is invalid to conntrack only if it is broken (bad checksums are looked for before routing,
+/// `nf_checksum` in `net/netfilter/nf_conntrack_proto_{tcp,udp,icmp}.c`): that is rare, so it is thought of only where no
+/// other rule explains the drop. Else each policy that denies would share its drops with the rule for INVALID before it.
+fn culprits(firewall: &Firewall, packet: &Asked<'_>, hooks: &[netfilter::Hook], time: u64) -> Vec<Culprit> {
+    let culprits = firewall.culprits(packet, hooks, time);
+    if !culprits.is_empty() || packet.states != States::OPENING {
+        return culprits;
+    }
+    let broken = Asked {
+        states: States::BROKEN,
+        ..*packet
+    };
+    let of_broken = firewall.culprits(&broken, hooks, time);
+    let because = of_broken
+        .into_iter()
+        .filter(|culprit| culprit.cause == Cause::Invalid);
+    because
+        .map(|culprit| Culprit {
+            cause: Cause::Broken,
+            ..culprit
+        })
+        .collect()
+}
+
+/// Whether forwarding dropped what does not fit a device, on kernels that give no reason.
+fn exceeds(open: &Open, drop: &Drop, seen: &Seen, mtu: u32) -> bool {
+    let whole = open.packet.dont_fragment || open.packet.src.is_ipv6();
+    let without_reason = matches!(drop.reason.as_deref(), None | Some("NOT_SPECIFIED"));
+    let forwarding = matches!(drop.location.as_deref(), Some("ip_forward" | "ip6_forward"));
+    let one = seen.encap.is_none() && seen.segments <= 1;
+    one && whole && without_reason && forwarding && seen.ttl > 1 && seen.length > mtu
+}
+
+/// Whether netfilter dropped it, and the node's rules may be read again before `deadline`: as they were before they may have
+/// changed.
+pub(super) fn awaits_rules(open: &Open, topology: &Topology, deadline: u64) -> bool {
+    /// They are asked for with the drop, but where they are many and keep changing, only a quarter of the time is spent on it.
+    const PATIENCE: u64 = 2000 * MILLISECOND;
+    open.drop.as_deref().is_some_and(|(drop, index)| {
+        let seen = &open.seen[*index];
+        drop.is_netfilter()
+            && !seen.in_pod
+            && deadline < seen.time + PATIENCE
+            && topology
+                .firewall(seen.node)
+                .is_some_and(|firewall| firewall.is_stale(seen.time))
+    })
 }
 
 /// The hooks where it may have been dropped, in the order of its way.
@@ -124,26 +190,30 @@ fn devices<'a>(
     seen: &Seen,
     hooks: &[netfilter::Hook],
     topology: &'a Topology,
-) -> (Device<'a>, Device<'a>) {
+) -> (At<'a>, At<'a>) {
     use netfilter::Hook::{Forward, Input, Output, Postrouting, Prerouting};
-    let known = |name: Option<&'a Name>| name.map_or(Device::Unknown, |name| Device::Is(name));
+    let known = |name: Option<&'a Name>| name.map_or(At::Unknown, |name| At::Is(name));
     // Netfilter's own word, where `nf_hook_slow` is observed.
     if let Some((input, output)) = waypoint::netfilter_devices(open) {
         let device = |ifindex| match ifindex {
-            0 => Device::None,
+            0 => At::None,
             ifindex => known(topology.interface_name(seen.node, ifindex)),
         };
         return (device(input), device(output));
     }
     // Up to the output's own functions `skb->dev` is the device it came by.
     let input = match hooks.first() {
-        Some(Output) => Device::None,
+        Some(Output) => At::None,
         Some(Prerouting | Input | Forward) => known(topology.interface_name(seen.netns, seen.ifindex)),
-        Some(Postrouting) | None => Device::Unknown,
+        Some(Postrouting) | None => At::Unknown,
     };
     let output = match hooks.last() {
-        Some(Prerouting | Input) => Device::None,
-        _ => known(topology.way_out(seen.node, destination(open, seen))),
+        Some(Prerouting | Input) => At::None,
+        _ => known(
+            topology
+                .way_out(seen.node, destination(open, seen))
+                .map(|device| &device.name),
+        ),
     };
     (input, output)
 }
@@ -151,7 +221,7 @@ fn devices<'a>(
 fn asked<'a>(
     open: &Open,
     seen: &Seen,
-    (input, output): (Device<'a>, Device<'a>),
+    (input, output): (At<'a>, At<'a>),
     topology: &'a Topology,
 ) -> Asked<'a> {
     let local = topology.addresses(seen.node);
@@ -165,12 +235,19 @@ fn asked<'a>(
             input,
             output,
             states: States::OPENING,
+            is_from_there: false,
             local,
         };
     }
     let flow = open.flow_at(seen);
     // Later fragments have none, though netfilter puts them together where conntrack is.
     let ports = (flow.src_port, flow.dst_port);
+    // It came in by its pod's own interface.
+    let is_from_pod = open.seen.iter().any(|came| {
+        came.hook == Hook::WorkloadIngress
+            && came.node == seen.node
+            && topology.is_delivery(open.cluster, came.node, came.ifindex, flow.src)
+    });
     Asked {
         src: flow.src,
         dst: flow.dst,
@@ -180,6 +257,7 @@ fn asked<'a>(
         input,
         output,
         states: states(flow.proto, &open.packet.transport),
+        is_from_there: is_from_pod,
         local,
     }
 }

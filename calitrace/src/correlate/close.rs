@@ -1,8 +1,8 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DeadEnd, DropReport, FlowName, Joint, LostReport, NatStep, PacketTrace,
-    Segment, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, DeadEnd, DropReport, FlowName, Joint, LogReport, LostReport, NatStep,
+    PacketTrace, Segment, SightedEncap, Sighting, Verdict,
     again::Sent,
     blame, hops, key,
     open::{Open, Reached, Seen},
@@ -61,6 +61,7 @@ pub(super) fn trace(open: &Open, topology: &mut Topology, now: u64, ended: bool)
             rtt_ns: answered.rtt,
             icmp: answered.icmp,
             mtu: answered.mtu,
+            dropped: answered.dropped.clone(),
         }),
         nat: open
             .translations
@@ -142,11 +143,21 @@ fn sightings(open: &Open, topology: &Topology) -> Vec<Sighting> {
     );
     all.sort_by_key(|(seen, _)| seen.time);
     all.into_iter()
-        .map(|(seen, detail)| sighting(seen, detail, start, topology))
+        .map(|(seen, detail)| {
+            let ipv6 = open.flow.src.is_ipv6();
+            let logged = detail.and_then(|detail| waypoint::log_report(detail, seen, ipv6, topology));
+            sighting(seen, detail, logged, start, topology)
+        })
         .collect()
 }
 
-fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topology) -> Sighting {
+fn sighting(
+    seen: &Seen,
+    detail: Option<&Detail>,
+    logged: Option<LogReport>,
+    start: u64,
+    topology: &Topology,
+) -> Sighting {
     Sighting {
         node: topology.name(seen.node).cloned(),
         netns: seen.netns,
@@ -161,6 +172,11 @@ fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topolog
         elapsed_ns: seen.time.saturating_sub(start),
         ttl: seen.ttl,
         length: seen.length,
+        segments: (seen.segments > 1).then_some(seen.segments),
+        mtu: topology
+            .device(seen.netns, seen.ifindex)
+            .filter(|_| seen.hook.direction() != Direction::None)
+            .map(|device| device.mtu),
         encap: seen.encap.as_ref().map(|encap| SightedEncap {
             kind: encap.kind,
             src: encap.src,
@@ -170,7 +186,13 @@ fn sighting(seen: &Seen, detail: Option<&Detail>, start: u64, topology: &Topolog
             length: (encap.length != 0).then_some(encap.length),
             vni: encap.vni,
         }),
-        detail: detail.map(waypoint::describe),
+        detail: detail.map(|detail| match &logged {
+            Some(LogReport {
+                logged: Some(logged), ..
+            }) => logged.to_string(),
+            _ => waypoint::describe(detail),
+        }),
+        logged: logged.map(Box::new),
     }
 }
 
@@ -208,6 +230,7 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
     let blame::Blame {
         culprits,
         before: next,
+        mtu,
         route,
     } = blame::of(open, topology);
     let policy = match &culprits[..] {
@@ -225,6 +248,7 @@ fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {
         node: topology.name(seen.node).cloned(),
         interface: named.or_else(before).cloned(),
         before: next.map(Into::into),
+        mtu,
         route: route.map(|route| DeadEnd {
             kind: route.kind,
             prefix: route.prefix,

@@ -55,6 +55,7 @@ impl<'a> Sight<'a> {
             node: self.place.node,
             ifindex: observation.ifindex,
             length: observation.packet.length,
+            segments: observation.packet.gso_segs,
             interval: self.interval,
             hook: observation.hook,
             ttl: observation.packet.ttl,
@@ -105,6 +106,10 @@ pub(super) fn find(
     if let Some((index, interval, joint)) = segments::unnumbered(sight, open, sight.place.cluster) {
         sight.interval = interval;
         found.traces.push((index, joint));
+        return found;
+    }
+    found.traces = segments::merged(sight, open, topology, translations);
+    if !found.traces.is_empty() {
         return found;
     }
     if let Some(index) = open.by_skb(sight.place.node, sight.observation.skb)
@@ -306,7 +311,7 @@ fn is_dropped(sight: &Sight<'_>, trace: &Open, node: Netns) -> bool {
 }
 
 /// Whether what has the same content can be the same packet.
-fn may_be(sight: &Sight<'_>, trace: &Open) -> bool {
+pub(super) fn may_be(sight: &Sight<'_>, trace: &Open) -> bool {
     let last = trace.last_of(sight.interval);
     if sight.observation.time > trace.first().time + WINDOW || !follows(last, sight) {
         return false;

@@ -19,7 +19,7 @@ const RST: u8 = 4;
 /// A datagram's share of a sequence interval: IP ids have 16 bits.
 const DATAGRAM: u32 = 1 << 16;
 /// No super-packet has more datagrams (`UDP_MAX_SEGMENTS`, include/linux/udp.h, 6.9; before 64).
-const MOST_SEGMENTS: u32 = 128;
+pub(super) const MOST_SEGMENTS: u32 = 128;
 
 /// The part of a packet that forwarding and NAT leave alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -314,14 +314,21 @@ pub(super) fn crossing(uplink: bool, packet: &Packet) -> u64 {
     key.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// The key of the last byte of TCP data between two machines. Where segments are merged, it tells when the last of them was
-/// there; but it is not the packet's alone.
+/// The key of the last byte of TCP data between two machines, or of the last datagram where IPv4 numbers them. Where segments
+/// or datagrams are merged, it tells when the last of them was there; but it is not the packet's alone.
 pub(super) fn crossing_end(uplink: bool, packet: &Packet) -> Option<u64> {
-    let (seq, len) = match Part::of(packet) {
-        part @ Part::TcpData { .. } => part.interval(),
+    let part = Part::of(packet);
+    let end = match part {
+        Part::TcpData { .. } => {
+            let (seq, len) = part.interval();
+            seq.wrapping_add(len)
+        }
+        Part::Udp { ip_id, .. } | Part::UdpSegments { ip_id, .. } if ip_id != 0 && packet.src.is_ipv4() => {
+            ip_id.wrapping_add(part.datagrams()) & 0xffff
+        }
         _ => return None,
     };
-    let key = hash(&(uplink, packet.flow(), seq.wrapping_add(len), u8::MAX));
+    let key = hash(&(uplink, packet.flow(), end, u8::MAX));
     Some(key.wrapping_mul(0x9e37_79b9_7f4a_7c15))
 }
 

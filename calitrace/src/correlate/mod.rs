@@ -7,9 +7,11 @@
 
 mod again;
 mod answer;
+mod answering;
 mod blame;
 mod clocks;
 mod close;
+mod equals;
 mod firewall;
 mod hops;
 mod join;
@@ -37,13 +39,13 @@ pub use clocks::{Crossings, Offset};
 use join::Sight;
 use key::Part;
 use nat::Translations;
-use open::{Answered, Id, Open, OpenTraces, Reached, Seen};
+use open::{Id, Open, OpenTraces, Reached, Seen};
 use order::Order;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
-    Answer, AnswerKind, Bypass, Certainty, DeadEnd, DropReport, Endpoint, FlowName, Hop, Joint, LostReport,
-    Name, NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, Certainty, DeadEnd, DropReport, Endpoint, FlowName, Hop, Joint, LogReport,
+    LostReport, Name, NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};
@@ -113,7 +115,7 @@ impl Correlator {
             Item::Fact(fact) => self.topology.learn(fact),
             Item::Ledger(ledger) => self.topology.ledgers.ledger(ledger),
             Item::Observation(observation) => {
-                self.order.push(observation.clone());
+                self.order.push(observation);
                 self.advance(observation.time, closed);
             }
             Item::Tick { time } | Item::End { time } => self.advance(*time, closed),
@@ -122,13 +124,14 @@ impl Correlator {
 
     /// Observing ended: closes what is open, as unfinished where nothing better is known.
     pub fn finish(&mut self, closed: &mut Vec<PacketTrace>) {
-        while let Some(observation) = self.order.pop(u64::MAX) {
-            self.expire(observation.time, closed);
-            self.observe(&observation, closed);
-        }
-        for index in self.open.all() {
+        self.take(u64::MAX, closed);
+        // Answers first: what they answer tells what became of them.
+        let (mut all, from) = (self.open.all(), closed.len());
+        all.sort_by_key(|index| self.open.get(*index).answers.is_none());
+        for index in all {
             self.close(index, self.newest, true, closed);
         }
+        closed[from..].sort_by_key(|trace| trace.start_monotonic);
     }
 
     /// Packet traces that were closed before their time because too many were open.
@@ -139,11 +142,18 @@ impl Correlator {
     fn advance(&mut self, time: u64, closed: &mut Vec<PacketTrace>) {
         self.newest = self.newest.max(time);
         let now = self.newest.saturating_sub(self.config.drain_period);
-        while let Some(observation) = self.order.pop(now) {
-            self.expire(observation.time, closed);
-            self.observe(&observation, closed);
-        }
+        self.take(now, closed);
         self.expire(now, closed);
+    }
+
+    /// Takes the observations up to `now`, in order.
+    fn take(&mut self, now: u64, closed: &mut Vec<PacketTrace>) {
+        let mut order = std::mem::take(&mut self.order);
+        while let Some(observation) = order.pop(now) {
+            self.expire(observation.time, closed);
+            self.observe(observation, closed);
+        }
+        self.order = order;
     }
 
     /// Closes what is due.
@@ -155,6 +165,9 @@ impl Correlator {
             let longest = trace.first().time + open::WINDOW;
             if deadline < longest && verdict::may_wait(trace, &self.topology) {
                 self.hold(id.index, Hold::Waiting, deadline);
+            } else if blame::awaits_rules(trace, &self.topology, deadline) || self.awaits_end_of_answer(trace)
+            {
+                self.hold(id.index, Hold::Rules, deadline);
             } else {
                 self.close(id.index, deadline, false, closed);
             }
@@ -162,8 +175,13 @@ impl Correlator {
     }
 
     fn close(&mut self, index: u32, now: u64, ended: bool, closed: &mut Vec<PacketTrace>) {
-        let trace = self.open.remove(index);
-        closed.push(close::trace(&trace, &mut self.topology, now, ended));
+        let id = self.open.id(index);
+        let open = self.open.remove(index);
+        let trace = close::trace(&open, &mut self.topology, now, ended);
+        if let Some(asked) = open.answers.filter(|_| trace.verdict == Verdict::Dropped) {
+            self.unheard(asked, id, trace.drop.as_ref());
+        }
+        closed.push(trace);
     }
 
     fn observe(&mut self, observation: &Observation, closed: &mut Vec<PacketTrace>) {
@@ -174,6 +192,16 @@ impl Correlator {
         if is_about_tunnel(observation) {
             self.swallowed(&sight);
             return;
+        }
+        if observation.drop.as_ref().is_some_and(verdict::is_of_a_whole) {
+            return;
+        }
+        for index in equals::hand_on(&sight, &mut self.open) {
+            let hold = match self.open.get(index) {
+                trace if trace.drop.is_some() => Hold::Ended,
+                trace => Hold::after(trace.reached),
+            };
+            self.hold(index, hold, observation.time);
         }
         let found = join::find(&mut sight, &self.open, &self.topology, &self.translations);
         if found.traces.is_empty() {
@@ -224,21 +252,6 @@ impl Correlator {
         }
     }
 
-    /// A router between the nodes says what became of a packet in a tunnel: no packet of a pod's, and it reaches none.
-    fn swallowed(&mut self, sight: &Sight<'_>) {
-        let observation = sight.observation;
-        let Some(found) = answer::of_tunnelled(&self.open, sight.place, &observation.packet) else {
-            return;
-        };
-        self.open.get_mut(found.index).swallowed = Some(Box::new(underlay::Swallowed {
-            router: observation.packet.src,
-            kind: found.kind,
-            icmp: found.icmp.unwrap_or_default(),
-        }));
-        self.open.conceal(found.index);
-        self.hold(found.index, Hold::Ended, observation.time);
-    }
-
     fn make_room(&mut self, closed: &mut Vec<PacketTrace>) {
         while self.open.len() >= self.config.max_open {
             let Some(id) = self.timers.oldest() else { return };
@@ -256,6 +269,9 @@ impl Correlator {
         let cluster = sight.place.cluster;
         let answers = answer::find(&self.open, cluster, &observation.packet, &sight.flow);
         let pod_sends = observation.hook == Hook::WorkloadIngress;
+        if !pod_sends && sight.part.datagrams() > 1 && sight.flow.src.is_ipv6() {
+            self.open.may_be_merged(cluster, &sight.flow);
+        }
         let sent = if pod_sends {
             let back = self.translations.back(cluster, &sight.flow);
             self.again.sent(cluster, &sight.flow, &back, &observation.packet)
@@ -281,56 +297,15 @@ impl Correlator {
             findable: false,
             alike: false,
             numbered: true,
+            merged: false,
             close_at: u64::MAX,
         });
         self.open.append(index, sight.seen());
         self.hold(index, Hold::Begun, observation.time);
         if let Some(found) = answers {
-            self.answered(found, observation);
+            self.answered(found, self.open.id(index), observation);
         }
         index
-    }
-
-    /// A packet answers a trace.
-    fn answered(&mut self, found: answer::Match, observation: &Observation) {
-        let (kind, address) = (found.kind, observation.packet.src);
-        let trace = self.open.get_mut(found.index);
-        let awaited = answer::is_awaited(trace);
-        trace.answered = Some(Box::new(Answered {
-            kind,
-            address,
-            rtt: None,
-            icmp: found.icmp,
-            mtu: found.mtu,
-        }));
-        let by_destination = matches!(kind, AnswerKind::EchoReply | AnswerKind::SynAck);
-        if awaited || !by_destination {
-            self.hold(found.index, Hold::Ended, observation.time);
-        }
-        if !by_destination {
-            return;
-        }
-        let trace = self.open.get_mut(found.index);
-        // The packet got there, out of sight. Past the hooks of a pod's interface where
-        // another TC program hands it on (bpf_redirect_peer), or while a hook was away; and masqueraded packets leave a
-        // node out of sight, since no address of theirs is a pod's then.
-        let (topology, last) = (&self.topology, trace.last());
-        let open = trace.reached == Reached::Nothing;
-        if (open || trace.reached == Reached::Outside) && trace.current().dst == address {
-            trace.reached = if topology.node_of(trace.cluster, address).is_some() {
-                Reached::Node
-            } else if !open {
-                return;
-            } else if topology.owner(trace.cluster, address).is_some() {
-                Reached::Pod
-            } else if last.is_ingress() && topology.next(last.node, None, address) == Next::Unobserved {
-                Reached::Outside
-            } else {
-                return;
-            };
-            self.open.conceal(found.index);
-            self.hold(found.index, Hold::Ended, observation.time);
-        }
     }
 
     /// The flow may have changed on the way. Says which of the trace's flows the sighting has.
@@ -425,36 +400,7 @@ impl Correlator {
         if trace.covered >= len {
             trace.reached = reached;
             self.open.conceal(index);
-            self.hold(
-                index,
-                match reached {
-                    // What has a node's address may be translated, and go on after all.
-                    Reached::Outside | Reached::Node => Hold::Ended,
-                    Reached::Pod | Reached::Nothing => Hold::Delivered,
-                },
-                time,
-            );
-        }
-    }
-
-    /// An answer on its way back may be where the packet it answers was first seen: a round trip.
-    fn report(&mut self, index: u32, observation: &Observation) {
-        let Some(id) = self.open.get(index).answers else {
-            return;
-        };
-        let Some(probe) = self.open.find(id) else { return };
-        let first = probe.first();
-        let back = (first.netns, first.ifindex) == (observation.netns, observation.ifindex)
-            && first.is_ingress() != (observation.hook.direction() == crate::event::Direction::Ingress)
-            && observation.drop.is_none();
-        let rtt = observation.time.saturating_sub(first.time);
-        let awaited = answer::is_awaited(probe);
-        if let Some(answered) = probe.answered.as_mut().filter(|_| back) {
-            answered.rtt = Some(rtt);
-            answered.address = observation.packet.src;
-            if awaited {
-                self.hold(id.index, Hold::Ended, observation.time);
-            }
+            self.hold(index, Hold::after(reached), time);
         }
     }
 
@@ -463,7 +409,8 @@ impl Correlator {
     fn hold(&mut self, index: u32, hold: Hold, time: u64) {
         let id: Id = self.open.id(index);
         let trace = self.open.get_mut(index);
-        let hold = if !matches!(hold, Hold::Begun | Hold::Waiting) && answer::is_awaited(trace) {
+        let hold = if !matches!(hold, Hold::Begun | Hold::Waiting | Hold::Rules) && answer::is_awaited(trace)
+        {
             Hold::Awaiting
         } else {
             hold

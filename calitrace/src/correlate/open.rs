@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use thin_vec::ThinVec;
 
 use super::{
-    AnswerKind, Endpoint, Joint, NatKind,
+    AnswerKind, DropReport, Endpoint, Joint, NatKind,
     again::Sent,
     key::{self, Part},
     timers::Hold,
@@ -34,6 +34,8 @@ pub(super) struct Seen {
     pub(super) node: Netns,
     pub(super) ifindex: u32,
     pub(super) length: u32,
+    /// Of a super-packet, how many packets it is or is to become; 0 of others.
+    pub(super) segments: u16,
     /// Sequence interval of TCP data and UDP.
     pub(super) interval: (u32, u32),
     pub(super) hook: Hook,
@@ -82,17 +84,22 @@ pub(super) enum Reached {
 }
 
 /// Who answered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Answered {
     pub(super) kind: AnswerKind,
     pub(super) address: IpAddr,
     pub(super) rtt: Option<u64>,
     pub(super) icmp: Option<(u8, u8)>,
     pub(super) mtu: Option<u32>,
+    /// The answer's own trace.
+    pub(super) by: Id,
+    /// The answer was dropped on its way back.
+    pub(super) dropped: Option<DropReport>,
 }
 
 /// An open trace. What most traces have nothing of takes a pointer: there may be a hundred thousand of them.
 #[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(super) struct Open {
     pub(super) cluster: u32,
     /// As first observed.
@@ -124,6 +131,8 @@ pub(super) struct Open {
     pub(super) alike: bool,
     /// All that was joined had the number that the kernel gives no other packet of the flow.
     pub(super) numbered: bool,
+    /// It may have gone on in a super-packet of whose parts not all were found.
+    pub(super) merged: bool,
     pub(super) close_at: u64,
 }
 
@@ -147,6 +156,11 @@ impl Open {
             0 => &self.flow,
             later => &self.translated[usize::from(later) - 1],
         }
+    }
+
+    /// Whether it got to its end, or was dropped.
+    pub(super) fn is_at_end(&self) -> bool {
+        self.reached != Reached::Nothing || self.drop.is_some()
     }
 
     /// All flows that it has had, the sender's first.
@@ -175,8 +189,8 @@ impl Open {
 
 type Bucket = SmallVec<[u32; 2]>;
 
-/// Traces with one reference key that are kept for answers, the latest.
-const REFERENCES: usize = 32;
+/// Traces with one reference key that are kept, the latest: for answers, and for a super-packet as many as can be merged.
+const REFERENCES: usize = key::MOST_SEGMENTS as usize;
 
 #[derive(Debug, Default)]
 struct Slot {
@@ -234,7 +248,13 @@ impl OpenTraces {
     }
 
     /// The trace, if it is still open.
-    pub(super) fn find(&mut self, id: Id) -> Option<&mut Open> {
+    pub(super) fn find(&self, id: Id) -> Option<&Open> {
+        let slot = self.slots.get(id.index as usize)?;
+        slot.open.as_deref().filter(|_| slot.generation == id.generation)
+    }
+
+    /// The same, to be changed.
+    pub(super) fn find_mut(&mut self, id: Id) -> Option<&mut Open> {
         let slot = self.slots.get_mut(id.index as usize)?;
         slot.open
             .as_deref_mut()
@@ -306,6 +326,15 @@ impl OpenTraces {
             if starts.starts.is_empty() {
                 self.streams.remove(&stream);
             }
+        }
+    }
+
+    /// The opposite of [`Self::conceal`].
+    pub(super) fn reveal(&mut self, index: u32) {
+        let open = self.get(index);
+        if !open.findable {
+            let flow = *open.current();
+            self.publish(index, &flow);
         }
     }
 
@@ -439,6 +468,14 @@ impl OpenTraces {
         self.references
             .get(&key::reference(cluster, flow, tag))
             .map_or(&[], |bucket| bucket.as_slice())
+    }
+
+    /// The packets of a flow without numbers may be in a super-packet that was seen.
+    pub(super) fn may_be_merged(&mut self, cluster: u32, flow: &Flow) {
+        let packets: SmallVec<[u32; 8]> = self.by_reference(cluster, flow, 0).into();
+        for index in packets {
+            self.get_mut(index).merged = true;
+        }
     }
 
     /// The latest traces of a TCP flow that a reset can answer, the oldest first.

@@ -11,19 +11,20 @@ use crate::event::Observation;
 #[derive(Debug, Default)]
 pub(super) struct Order {
     queue: VecDeque<(u64, u32)>,
-    slots: Vec<Option<Observation>>,
+    /// Those that are free have what was in them last: an observation is large, and is written over, not moved.
+    slots: Vec<Observation>,
     free: Vec<u32>,
 }
 
 impl Order {
     /// Takes an observation. Of equal times the first taken is the first given back.
-    pub(super) fn push(&mut self, observation: Observation) {
+    pub(super) fn push(&mut self, observation: &Observation) {
         let time = observation.time;
         let slot = if let Some(slot) = self.free.pop() {
-            self.slots[slot as usize] = Some(observation);
+            self.slots[slot as usize].clone_from(observation);
             slot
         } else {
-            self.slots.push(Some(observation));
+            self.slots.push(observation.clone());
             u32::try_from(self.slots.len() - 1).unwrap_or(u32::MAX)
         };
         if self.queue.back().is_none_or(|(last, _)| *last <= time) {
@@ -35,13 +36,13 @@ impl Order {
     }
 
     /// The oldest observation, if it is not newer than `now`.
-    pub(super) fn pop(&mut self, now: u64) -> Option<Observation> {
+    pub(super) fn pop(&mut self, now: u64) -> Option<&Observation> {
         let (time, slot) = *self.queue.front()?;
         if time > now {
             return None;
         }
         self.queue.pop_front();
         self.free.push(slot);
-        self.slots[slot as usize].take()
+        self.slots.get(slot as usize)
     }
 }

@@ -3,14 +3,18 @@
 //!
 //! IPv4 numbers the pieces on from the super-packet's IP id (`inet_gso_segment`, `net/ipv4/af_inet.c`, 6.1), and merges only
 //! what is numbered so (`inet_gro_receive`); by these numbers they are found as TCP data is by its sequence numbers. IPv6 has
-//! none: the pieces of a super-packet are told by their order and length alone, and what is merged of several packets is a
-//! packet of its own.
+//! none: the pieces of a super-packet, and the packets that one is merged of, are told by their order and length alone, but
+//! for the first, whose bytes are known.
+
+use smallvec::SmallVec;
 
 use super::{
     Joint,
     join::{self, LIFE, Sight},
     key::Part,
+    nat::Translations,
     open::{Open, OpenTraces, Seen, WINDOW},
+    topology::Topology,
 };
 
 /// Payload bytes that the digest is of, at most. Of a super-packet with shorter datagrams it is one of several.
@@ -22,6 +26,20 @@ impl Part {
         match *self {
             Self::UdpSegments { size, payload, .. } => payload.div_ceil(size),
             _ => 1,
+        }
+    }
+
+    /// The first datagram, as it would be alone.
+    fn first_datagram(&self) -> Option<Self> {
+        match *self {
+            Self::UdpSegments {
+                ip_id, size, digest, ..
+            } if size >= DIGESTED => Some(Self::Udp {
+                ip_id,
+                payload: size,
+                digest,
+            }),
+            _ => None,
         }
     }
 
@@ -149,4 +167,68 @@ fn next(sight: &Sight<'_>, trace: &Open) -> Option<(u32, u32)> {
         && observation.time <= trace.first().time + WINDOW
         && join::follows(last, sight);
     is_it.then_some(interval)
+}
+
+/// The packets that a super-packet of IPv6 was merged of, in their order, and why; none if not all are found.
+pub(super) fn merged(
+    sight: &Sight<'_>,
+    open: &OpenTraces,
+    topology: &Topology,
+    translations: &Translations,
+) -> SmallVec<[(u32, Joint); 4]> {
+    let (none, cluster) = (SmallVec::new(), sight.place.cluster);
+    if sight.part.datagrams() < 2 || !sight.flow.src.is_ipv6() {
+        return none;
+    }
+    if let Some(known) = open.by_skb(sight.place.node, sight.observation.skb) {
+        let trace = open.get(known);
+        let (last, before) = (trace.last(), *trace.current());
+        let is_one = before == sight.flow
+            || last.is_ingress()
+                && translations.is_one(topology, trace.cluster, last.node, &before, &sight.flow);
+        // All that were merged were last seen as this one.
+        let with = |index: &u32| {
+            let (trace, own) = (open.get(*index), open.get(*index).last());
+            (own.skb, own.node, own.interval, own.time) == (last.skb, last.node, sight.interval, last.time)
+                && *trace.current() == before
+                && trace.part.datagrams() == 1
+                && join::follows(own, sight)
+        };
+        if is_one && with(&known) && sight.observation.time <= last.time + LIFE {
+            let packets = open.by_reference(trace.cluster, &before, 0).iter();
+            return packets
+                .copied()
+                .filter(with)
+                .map(|index| (index, Joint::Skb))
+                .collect();
+        }
+    }
+    // Of one super-packet on its whole way nothing was merged.
+    let whole = open.by_content(cluster, &sight.flow, &sight.part);
+    let Some(first) = sight.part.first_datagram().filter(|_| whole.is_empty()) else {
+        return none;
+    };
+    let follows = |index: &u32| join::may_be(sight, open.get(*index));
+    let Some(first) = open
+        .by_content(cluster, &sight.flow, &first)
+        .iter()
+        .copied()
+        .find(follows)
+    else {
+        return none;
+    };
+    let packets = open.by_reference(cluster, &sight.flow, 0);
+    let others = packets.iter().skip_while(|index| **index != first).skip(1);
+    let mut found: SmallVec<[(u32, Joint); 4]> = SmallVec::from_slice(&[(first, Joint::Content)]);
+    for index in others.copied().filter(follows) {
+        let number = u32::try_from(found.len()).unwrap_or(u32::MAX);
+        if !open.get(index).findable || !sight.part.has_datagram(number, &open.get(index).part) {
+            continue;
+        }
+        found.push((index, Joint::Order));
+        if found.len() == sight.part.datagrams() as usize {
+            return found;
+        }
+    }
+    none
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use super::open::Id;
+use super::open::{Id, Reached};
 
 /// Nanoseconds in a millisecond.
 pub(super) const MILLISECOND: u64 = 1_000_000;
@@ -22,15 +22,28 @@ pub(super) enum Hold {
     /// kernel asks for it thrice, a second each (`MCAST_PROBES`, `RETRANS_TIME`; `arp_tbl`, `net/ipv4/arp.c`, and `nd_tbl`,
     /// `net/ipv6/ndisc.c`; 6.1).
     Waiting,
+    /// A rule dropped it, and the rules are being read. A while at a time.
+    Rules,
 }
 
 impl Hold {
-    const ALL: [Self; 5] = [
+    /// What follows on where a packet got to.
+    pub(super) const fn after(reached: Reached) -> Self {
+        match reached {
+            Reached::Nothing => Self::Begun,
+            // What has a node's address may be translated, and go on after all.
+            Reached::Outside | Reached::Node => Self::Ended,
+            Reached::Pod => Self::Delivered,
+        }
+    }
+
+    const ALL: [Self; 6] = [
         Self::Delivered,
         Self::Ended,
         Self::Awaiting,
         Self::Begun,
         Self::Waiting,
+        Self::Rules,
     ];
 
     /// Nanoseconds.
@@ -41,6 +54,7 @@ impl Hold {
             Self::Awaiting | Self::Begun => 2000 * MILLISECOND,
             // After the time that it had from its beginning.
             Self::Waiting => 1500 * MILLISECOND,
+            Self::Rules => 20 * MILLISECOND,
         }
     }
 }

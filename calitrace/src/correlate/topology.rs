@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::{Name, firewall::Firewall, ledger::Ledgers};
 use crate::event::{
-    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Route, RouteKind,
     machine_of,
 };
 
@@ -55,6 +55,13 @@ pub(super) struct Beyond {
     pub(super) remote_node: Option<IpAddr>,
 }
 
+/// An interface of a node.
+#[derive(Debug)]
+pub(super) struct Device {
+    pub(super) name: Name,
+    pub(super) mtu: u32,
+}
+
 #[derive(Debug, Default)]
 struct NodeInfo {
     name: Option<Name>,
@@ -63,7 +70,7 @@ struct NodeInfo {
     routes: Vec<Route>,
     /// Index of the route by destination.
     looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
-    interfaces: FxHashMap<u32, (Name, Role)>,
+    interfaces: FxHashMap<u32, Device>,
     firewall: Firewall,
 }
 
@@ -136,6 +143,10 @@ impl Topology {
             }
             Fact::Attachment(attachment) => self.ledgers.attachment(attachment),
             Fact::Rules(rules) => self.nodes.entry(rules.netns).or_default().firewall.learn(rules),
+            Fact::RulesRead(read) => {
+                let node = self.nodes.entry(read.netns).or_default();
+                node.firewall.were_read(read.time);
+            }
             Fact::IpSets(sets) => self
                 .nodes
                 .entry(sets.netns)
@@ -172,7 +183,10 @@ impl Topology {
             let node = self.nodes.entry(interface.netns).or_default();
             node.interfaces.insert(
                 interface.ifindex,
-                (interface.name.as_str().into(), interface.role),
+                Device {
+                    name: interface.name.as_str().into(),
+                    mtu: interface.mtu,
+                },
             );
         }
     }
@@ -265,15 +279,16 @@ impl Topology {
 
     /// The name of an interface of a node. In a pod's own namespace: of the workload interface at its other end.
     pub(super) fn interface_name(&self, netns: Netns, ifindex: u32) -> Option<&Name> {
-        if let Some(info) = self.nodes.get(&netns) {
-            return info.interfaces.get(&ifindex).map(|(name, _)| name);
+        if self.nodes.contains_key(&netns) {
+            return self.device(netns, ifindex).map(|device| &device.name);
         }
         let (node, workload) = self.pod_namespaces.get(&netns)?;
-        self.nodes
-            .get(node)?
-            .interfaces
-            .get(workload)
-            .map(|(name, _)| name)
+        self.device(*node, *workload).map(|device| &device.name)
+    }
+
+    /// An interface of a node.
+    pub(super) fn device(&self, node: Netns, ifindex: u32) -> Option<&Device> {
+        self.nodes.get(&node)?.interfaces.get(&ifindex)
     }
 
     /// The pod that has `address` in `cluster`: a living one before one that is gone.
@@ -339,14 +354,14 @@ impl Topology {
     }
 
     /// The device by which `node` sends to `address`, where its pods and routes tell.
-    pub(super) fn way_out(&self, node: Netns, address: IpAddr) -> Option<&Name> {
+    pub(super) fn way_out(&self, node: Netns, address: IpAddr) -> Option<&Device> {
         let mut owners = self.pods.get(&address).into_iter().flatten();
         let pod = owners.find(|owner| owner.node == node && !owner.gone);
         let ifindex = pod.map(|pod| pod.ifindex).or_else(|| {
             let route = self.route(node, address)?;
             route.ifindex.filter(|_| route.kind == RouteKind::Unicast)
         })?;
-        self.interface_name(node, ifindex)
+        self.device(node, ifindex)
     }
 
     /// Whether `address` is a service's.

@@ -8,7 +8,7 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     event::{EncapKind, Flow, Netns, Packet, RouteKind},
-    netfilter::Culprit,
+    netfilter::{Action, By, Culprit, Direction, Logged},
 };
 
 /// A node's, interface's or pod's name. Every sighting has some, so they are not copied.
@@ -135,14 +135,17 @@ pub struct DropReport {
     /// The interface it was to leave by, where netfilter dropped it on the way there, or it is too large for that one. As
     /// netfilter says, or else as pods and routes tell.
     pub before: Option<Name>,
+    /// The MTU of that interface in bytes, where the packet is too large for it.
+    pub mtu: Option<u32>,
     /// The route to its destination, where that leads nowhere and routing dropped it.
     pub route: Option<DeadEnd>,
     /// The netfilter hook that dropped it (`FORWARD`), where netfilter did and `nf_hook_slow` is observed.
     pub netfilter: Option<&'static str>,
-    /// The Calico policy, where the rules, as they were read last, leave no doubt.
+    /// The Calico policy, where its rule logged the packet (with flow logs) or the rules, as they were read last, leave no
+    /// doubt.
     pub policy: Option<Name>,
-    /// The netfilter rules that may have dropped it: one where that is certain, none where it is not known or netfilter
-    /// did not.
+    /// The netfilter rules that may have dropped it: one where that is certain, by the rules or by what one of them logged;
+    /// none where it is not known or netfilter did not.
     pub culprits: Vec<Culprit>,
 }
 
@@ -195,6 +198,8 @@ pub struct Answer {
     pub icmp: Option<(u8, u8)>,
     /// The MTU that ICMP fragmentation needed or packet too big tells of, null otherwise.
     pub mtu: Option<u32>,
+    /// Set when the answer was dropped on its way back, and the sender was told nothing.
+    pub dropped: Option<DropReport>,
 }
 
 /// What came back.
@@ -315,10 +320,58 @@ pub struct Sighting {
     pub ttl: u8,
     /// IP total length there.
     pub length: u32,
+    /// How many packets a super-packet (GSO, GRO) is or is to become; null of others.
+    pub segments: Option<u16>,
+    /// MTU of the interface in bytes; null where it is not known, and for functions.
+    pub mtu: Option<u32>,
     /// Outer header, null where the packet is not encapsulated.
     pub encap: Option<SightedEncap>,
     /// What a function of the kernel told beside the packet, in words; null where it told nothing.
     pub detail: Option<String>,
+    /// What a rule logged of it; null where none did.
+    pub logged: Option<Box<LogReport>>,
+}
+
+/// What a rule logged of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogReport {
+    /// The rule's prefix.
+    pub prefix: Box<str>,
+    /// What Felix means by it; none where the rule is not Felix's.
+    pub logged: Option<Logged>,
+}
+
+impl Serialize for LogReport {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Form<'a> {
+            prefix: &'a str,
+            action: Option<Action>,
+            cause: Option<&'a str>,
+            name: Option<&'a str>,
+            kind: Option<&'a str>,
+            direction: Option<Direction>,
+            rule: Option<u32>,
+            staged: bool,
+            cut: bool,
+        }
+        let logged = self.logged.as_ref();
+        Form {
+            prefix: &self.prefix,
+            action: logged.map(|logged| logged.action),
+            cause: logged.map(Logged::cause),
+            name: logged.and_then(Logged::name),
+            kind: logged.and_then(|logged| match &logged.by {
+                By::Policy(policy) => policy.kind.as_deref(),
+                _ => None,
+            }),
+            direction: logged.map(|logged| logged.direction),
+            rule: logged.and_then(|logged| logged.rule),
+            staged: logged.is_some_and(|logged| logged.staged),
+            cut: logged.is_some_and(|logged| logged.cut),
+        }
+        .serialize(serializer)
+    }
 }
 
 /// The outer header of a sighting.

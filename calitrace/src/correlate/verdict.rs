@@ -54,7 +54,7 @@ fn is_lost(trace: &Open, topology: &Topology, now: u64) -> bool {
         Hook::TunnelEgress if topology.is_encrypted(last.node, last.ifindex) => Hook::TunnelIngress,
         _ => return false,
     };
-    if underlay::may_have_expired(trace, topology) {
+    if trace.merged || underlay::may_have_expired(trace, topology) {
         return false;
     }
     match topology.next(last.node, last.encap.as_deref(), trace.current().dst) {
@@ -82,6 +82,12 @@ pub(super) fn may_wait(trace: &Open, topology: &Topology) -> bool {
         && hops::handed_on_from(trace, topology).is_none()
 }
 
+/// Whether a `kfree_skb` tells nothing: packets that were merged on receipt hang on the first one, and are freed with it
+/// (`skb_release_data`, `net/core/skbuff.c`, 6.1 and 6.18). A drop of the whole has a record of its own.
+pub(super) fn is_of_a_whole(drop: &Drop) -> bool {
+    drop.location.as_deref() == Some("skb_release_data")
+}
+
 /// Whether a `kfree_skb` after receipt is the ordinary end of a packet, or of a copy of it.
 ///
 /// * A socket that is closed frees what still lies in its queues: each FIN that was not read, and the copies that raw
@@ -96,15 +102,12 @@ pub(super) fn may_wait(trace: &Open, topology: &Topology) -> bool {
 /// * TCP in `TIME_WAIT` or half open: `tcp_v4_rcv` frees what it has dealt with, without a reason (labels `discard_it`
 ///   and `discard_and_relse`, `net/ipv4/tcp_ipv4.c`). So the last FIN of a connection may end, and the RST that ends a
 ///   half-open one does.
-/// * Packets that were merged on receipt hang on the first one, and are freed with it (`skb_release_data`,
-///   `net/core/skbuff.c`, 6.1): a drop of the whole has a record of its own.
 pub(super) fn is_ordinary(part: &Part, drop: &Drop) -> bool {
-    const CLOSING: [&str; 5] = [
+    const CLOSING: [&str; 4] = [
         "inet_sock_destruct",
         "sk_stream_kill_queues",
         "skb_queue_purge",
         "skb_queue_purge_reason",
-        "skb_release_data",
     ];
     let reason = drop.reason.as_deref();
     let at = |names: &[&str]| {

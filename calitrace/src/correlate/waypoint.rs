@@ -2,14 +2,17 @@
 //! begins or ends with one, and no verdict needs one.
 
 use super::{
-    Joint,
+    Joint, LogReport,
     join::{self, Sight},
     nat::Translations,
     open::{Open, OpenTraces, Seen},
     timers::MILLISECOND,
-    topology::NO_CLUSTER,
+    topology::{NO_CLUSTER, Topology},
 };
-use crate::event::{Detail, Hook, NetfilterVerdict};
+use crate::{
+    event::{Detail, Hook, NetfilterVerdict},
+    netfilter::Logged,
+};
 
 /// A function's sighting as it is kept while the trace is open.
 #[derive(Clone, Debug)]
@@ -30,9 +33,9 @@ pub(super) fn take(sight: &Sight<'_>, open: &mut OpenTraces, translations: &mut 
     let place = sight.place;
     if let Some(Detail::Translated {
         destination, address, ..
-    }) = observation.detail
+    }) = &observation.detail
     {
-        translations.announce(place.node, &sight.flow, destination, address);
+        translations.announce(place.node, &sight.flow, *destination, *address);
         return;
     }
     if place.cluster == NO_CLUSTER {
@@ -47,21 +50,21 @@ pub(super) fn take(sight: &Sight<'_>, open: &mut OpenTraces, translations: &mut 
     }
     let mut seen = sight.seen();
     seen.joined = Some(Joint::Skb);
-    if is_judgement(observation.detail) {
+    if is_judgement(observation.detail.as_ref()) {
         // The packet was gone: what it was the drop's sighting says.
         let last = trace.last();
         (seen.ttl, seen.length) = (last.ttl, last.length);
     }
     trace.waypoints.push(Waypoint {
         seen,
-        detail: observation.detail,
+        detail: observation.detail.clone(),
     });
     if let Some(Detail::Cloned { skb }) = observation.detail {
         open.alias(index, place.node, skb);
     }
 }
 
-fn is_judgement(detail: Option<Detail>) -> bool {
+fn is_judgement(detail: Option<&Detail>) -> bool {
     matches!(
         detail,
         Some(Detail::Judged {
@@ -80,7 +83,7 @@ fn belongs(sight: &Sight<'_>, trace: &Open) -> bool {
     if last.node != sight.place.node || trace.cluster != sight.place.cluster || observation.time < last.time {
         return false;
     }
-    if is_judgement(observation.detail) {
+    if is_judgement(observation.detail.as_ref()) {
         return last.hook == Hook::KfreeSkb && since <= RETURNS;
     }
     last.hook != Hook::KfreeSkb
@@ -91,11 +94,53 @@ fn belongs(sight: &Sight<'_>, trace: &Open) -> bool {
 }
 
 /// Netfilter's word on the drop of a trace.
-fn judgement(trace: &Open) -> Option<Detail> {
-    let mut latest = trace.waypoints.iter().rev();
-    latest
-        .find(|waypoint| is_judgement(waypoint.detail))
-        .and_then(|waypoint| waypoint.detail)
+fn judgement(trace: &Open) -> Option<&Detail> {
+    let details = trace
+        .waypoints
+        .iter()
+        .rev()
+        .map(|waypoint| waypoint.detail.as_ref());
+    details.flatten().find(|detail| is_judgement(Some(detail)))
+}
+
+/// What Felix's rules logged last before it was seen so, on the same node and since it passed an interface there, and by which
+/// prefix.
+pub(super) fn logged_before(trace: &Open, index: usize) -> Option<(&str, Logged)> {
+    let seen = &trace.seen[index];
+    let before = trace.seen[..index].iter().rev();
+    let since = before.clone().find(|before| before.hook != Hook::KfreeSkb)?.time;
+    let mut latest = trace.waypoints.iter().rev().filter(|waypoint| {
+        let Seen { node, time, .. } = waypoint.seen;
+        node == seen.node && (since..=seen.time).contains(&time)
+    });
+    latest.find_map(|waypoint| logged(waypoint.detail.as_ref()?))
+}
+
+/// What a rule of Felix's logged, and by which prefix.
+fn logged(detail: &Detail) -> Option<(&str, Logged)> {
+    match detail {
+        Detail::Logged { prefix } => Some((prefix, Logged::parse(prefix)?)),
+        _ => None,
+    }
+}
+
+/// What a rule logged, with names as the node's rules have them.
+pub(super) fn log_report(detail: &Detail, seen: &Seen, ipv6: bool, topology: &Topology) -> Option<LogReport> {
+    let Detail::Logged { prefix } = detail else {
+        return None;
+    };
+    let logged = Logged::parse(prefix).map(|mut logged| {
+        if logged.cut
+            && let Some(firewall) = topology.firewall(seen.node)
+        {
+            logged.complete(&firewall.loggers(prefix, ipv6, seen.time));
+        }
+        logged
+    });
+    Some(LogReport {
+        prefix: prefix.clone(),
+        logged,
+    })
 }
 
 /// The name of the netfilter hook that dropped it.
@@ -106,7 +151,7 @@ pub(super) fn netfilter_hook(trace: &Open) -> Option<&'static str> {
 /// Indexes of the devices that netfilter knew of when it dropped it: by which it came, by which it was to leave; 0 is none.
 pub(super) fn netfilter_devices(trace: &Open) -> Option<(u32, u32)> {
     match judgement(trace)? {
-        Detail::Judged { input, output, .. } => Some((input, output)),
+        Detail::Judged { input, output, .. } => Some((*input, *output)),
         _ => None,
     }
 }
@@ -115,11 +160,11 @@ pub(super) fn netfilter_devices(trace: &Open) -> Option<(u32, u32)> {
 pub(super) fn expired(trace: &Open) -> bool {
     let v6 = trace.flow.src.is_ipv6();
     trace.waypoints.iter().any(|waypoint| {
-        let Some(Detail::Answered { icmp_type, code }) = waypoint.detail else {
+        let Some(Detail::Answered { icmp_type, code }) = &waypoint.detail else {
             return false;
         };
         // RFC 792 and RFC 4443: time exceeded in transit.
-        (icmp_type, code) == if v6 { (3, 0) } else { (11, 0) }
+        (*icmp_type, *code) == if v6 { (3, 0) } else { (11, 0) }
     })
 }
 
@@ -148,5 +193,6 @@ pub(super) fn describe(detail: &Detail) -> String {
             if *destination { "destination" } else { "source" }
         ),
         Detail::Cloned { .. } => "goes on as a clone".to_owned(),
+        Detail::Logged { prefix } => format!("logged with the prefix {prefix:?}"),
     }
 }

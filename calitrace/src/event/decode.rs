@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use calitrace_ebpf::{Flags, Full, Hook, Kind, Outer, Plain, Tail, TunnelKind};
+use calitrace_ebpf::{Flags, Full, Hook, Kind, Logged, Outer, Plain, Tail, TunnelKind, record::PREFIX};
 
 use super::{
     Detail, Drop, Encap, EncapKind, NetfilterVerdict, Observation, Packet, Quoted, QuotedTransport, Transport,
@@ -52,11 +52,16 @@ pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, Decod
     let (outer, tail): (Option<Outer>, Option<Tail>) = match kind {
         k if k == Kind::Plain as u8 => (None, None),
         k if k == Kind::Encapsulated as u8 => (Some(read(record, size_of::<Plain>())?), None),
-        k if k == Kind::Full as u8 => {
+        k if k == Kind::Full as u8 || k == Kind::Logged as u8 => {
             let full: Full = read(record, 0)?;
             (Some(full.outer), Some(full.tail))
         }
         other => return Err(DecodeError::Kind(other)),
+    };
+    let logged: Option<Logged> = if kind == Kind::Logged as u8 {
+        Some(read(record, 0)?)
+    } else {
+        None
     };
     let hook = Hook::from_number(plain.hook).ok_or(DecodeError::Hook(plain.hook))?;
     let v6 = plain.flags & Flags::V6 != 0;
@@ -100,10 +105,30 @@ pub fn decode(record: &[u8], names: &dyn DropNames) -> Result<Observation, Decod
         },
         encap: outer.and_then(|outer| encap(&plain, &outer)),
         drop,
-        detail: tail
-            .filter(|_| plain.flags & Flags::TOLD != 0)
-            .and_then(|tail| detail(hook, &plain, &tail)),
+        detail: if let Some(logged) = logged {
+            prefix(&logged.prefix).map(|prefix| Detail::Logged {
+                prefix: prefix.into(),
+            })
+        } else {
+            tail.filter(|_| plain.flags & Flags::TOLD != 0)
+                .and_then(|tail| detail(hook, &plain, &tail))
+        },
     })
+}
+
+/// The text that a rule logs. What is none was read from where no text is.
+fn prefix(bytes: &[u8; PREFIX]) -> Option<&str> {
+    let end = bytes[..PREFIX - 1].iter().position(|byte| *byte == 0);
+    let end = end.unwrap_or(PREFIX - 1);
+    let text = match std::str::from_utf8(&bytes[..end]) {
+        Ok(text) => text,
+        // A longer one was cut off within a character.
+        Err(error) if error.error_len().is_none() => {
+            std::str::from_utf8(&bytes[..error.valid_up_to()]).ok()?
+        }
+        Err(_) => return None,
+    };
+    (!text.is_empty() && !text.contains(char::is_control)).then_some(text)
 }
 
 /// What the hook told; see the table at `Plain::reason`.
@@ -301,6 +326,8 @@ unsafe impl Record for Plain {}
 unsafe impl Record for Outer {}
 // SAFETY: made of the three others.
 unsafe impl Record for Full {}
+// SAFETY: made of the one before and bytes.
+unsafe impl Record for Logged {}
 
 fn read<T: Record>(record: &[u8], offset: usize) -> Result<T, DecodeError> {
     let bytes = record
@@ -308,4 +335,52 @@ fn read<T: Record>(record: &[u8], offset: usize) -> Result<T, DecodeError> {
         .ok_or(DecodeError::Short)?;
     // SAFETY: the slice is as long as T, any bytes make a T, and the read is unaligned.
     Ok(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nameless;
+
+    impl DropNames for Nameless {
+        fn reason(&self, _reason: u32) -> Option<String> {
+            None
+        }
+
+        fn symbol(&self, _address: u64) -> Option<String> {
+            None
+        }
+    }
+
+    /// What is told of a record with these bytes for a prefix.
+    fn told(prefix: &[u8]) -> Option<Detail> {
+        let mut record = [0; size_of::<Logged>()];
+        record[0] = Kind::Logged as u8;
+        record[1] = Hook::NftLogEval as u8;
+        record[2] = Flags::TOLD;
+        record[size_of::<Full>()..][..prefix.len()].copy_from_slice(prefix);
+        assert_eq!(
+            decode(&record[..size_of::<Logged>() - 1], &Nameless),
+            Err(DecodeError::Short)
+        );
+        decode(&record, &Nameless).unwrap().detail
+    }
+
+    #[test]
+    fn what_a_rule_logs_is_text_or_nothing() {
+        let text = |prefix: &str| {
+            Some(Detail::Logged {
+                prefix: prefix.into(),
+            })
+        };
+        assert_eq!(told(b"DPI0|np/default/web"), text("DPI0|np/default/web"));
+        assert_eq!(told(b"DRI\0DPI0"), text("DRI"));
+        // A longer one is cut off, be it within a character.
+        assert_eq!(told(&[b'x'; PREFIX]), text(&"x".repeat(63)));
+        assert_eq!(told("ä".repeat(32).as_bytes()), text(&"ä".repeat(31)));
+        assert_eq!(told(b""), None);
+        assert_eq!(told(b"DPI0|\x1b[31m"), None);
+        assert_eq!(told(&[0xff, 0x88, 0x12, 0x34, 0x80]), None);
+    }
 }

@@ -48,6 +48,8 @@ pub enum Fact {
     Rules(Rules),
     /// [`IpSets`].
     IpSets(IpSets),
+    /// [`RulesRead`].
+    RulesRead(RulesRead),
 }
 
 impl Fact {
@@ -65,7 +67,8 @@ impl Fact {
             | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. })
             | Self::Rules(Rules { time, .. })
-            | Self::IpSets(IpSets { time, .. }) => *time,
+            | Self::IpSets(IpSets { time, .. })
+            | Self::RulesRead(RulesRead { time, .. }) => *time,
         }
     }
 
@@ -82,7 +85,8 @@ impl Fact {
             | Self::ClockOffset(ClockOffset { time, .. })
             | Self::Attachment(Attachment { time, .. })
             | Self::Rules(Rules { time, .. })
-            | Self::IpSets(IpSets { time, .. }) => time,
+            | Self::IpSets(IpSets { time, .. })
+            | Self::RulesRead(RulesRead { time, .. }) => time,
         }
     }
 }
@@ -265,12 +269,18 @@ pub struct Rules {
     pub time: u64,
     /// The node.
     pub netns: Netns,
-    /// The tool: `iptables-nft-save`, `ip6tables-legacy-save`.
+    /// The tool: `iptables-nft-save`, `ip6tables-legacy-save`, or [`Rules::NFT`].
     pub tool: String,
     /// They are for IPv6, not for IPv4.
     pub ipv6: bool,
-    /// What it wrote, without counters, comment lines and the nat table, which drops nothing.
+    /// What it wrote, without counters, comment lines and the nat table, which drops nothing. Of `nft`: the objects of its JSON
+    /// that a packet may come to at a hook, one a line, of all tables that the other tools do not show.
     pub text: String,
+}
+
+impl Rules {
+    /// The tool that shows nftables' own tables.
+    pub const NFT: &str = "nft";
 }
 
 /// The IP sets that a node's netfilter rules look into: they replace what was known of them before.
@@ -282,4 +292,13 @@ pub struct IpSets {
     pub netns: Netns,
     /// What `ipset save` wrote, of each set its type, of each member what it is and whether it is an exception.
     pub text: String,
+}
+
+/// All rules and sets of a node were read again: the facts before this one are how they were then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RulesRead {
+    /// When that began: `CLOCK_MONOTONIC`, nanoseconds.
+    pub time: u64,
+    /// The node.
+    pub netns: Netns,
 }

@@ -13,7 +13,7 @@ pub(crate) mod sample;
 pub use decode::{DecodeError, DropNames, decode};
 pub use fact::{
     Attachment, AttachmentState, Clock, ClockOffset, Fact, HopAddress, Interface, IpSets, Node, Pod, Role,
-    Route, RouteKind, Rules,
+    Route, RouteKind, Rules, RulesRead,
 };
 pub use log::{FORMAT, Header, HookStatus, LogReader, LogWriter, VERSION};
 pub use packet::{
@@ -97,6 +97,7 @@ impl Item {
                 Fact::Attachment(attachment) => change(&mut attachment.netns),
                 Fact::Rules(rules) => change(&mut rules.netns),
                 Fact::IpSets(sets) => change(&mut sets.netns),
+                Fact::RulesRead(read) => change(&mut read.netns),
                 Fact::ClockOffset(offset) => change(&mut offset.netns),
                 Fact::Services { .. } | Fact::Clock(_) => {}
             },

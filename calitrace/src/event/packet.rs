@@ -40,7 +40,7 @@ pub struct Observation {
 }
 
 /// What a function of the kernel tells beside the packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "told", rename_all = "snake_case")]
 pub enum Detail {
     /// The kernel answers with this ICMP or ICMPv6 error.
@@ -77,6 +77,11 @@ pub enum Detail {
     Cloned {
         /// Address of the clone's `sk_buff`.
         skb: u64,
+    },
+    /// A rule logs it, with this prefix: Felix's say what becomes of it by which policy.
+    Logged {
+        /// Its first 63 bytes.
+        prefix: Box<str>,
     },
 }
 

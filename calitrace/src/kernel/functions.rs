@@ -30,7 +30,7 @@ const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
 const NO_KPROBES: &str = "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)";
 
 /// Whether the kernel lets functions be probed.
-pub(super) fn has_kprobes() -> bool {
+pub fn has_kprobes() -> bool {
     Path::new(KPROBES).exists()
 }
 

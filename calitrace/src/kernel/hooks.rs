@@ -251,6 +251,23 @@ pub const TABLE: [Row; Hook::ALL.len()] = [
         since: "5.10",
         lost: "that a packet's bytes were copied to a larger buffer on the way",
     },
+    Row {
+        hook: Hook::NflogTg,
+        name: "nflog_tg",
+        program: "calitrace_nflog_tg",
+        attach: Attach::Function(in_module("nflog_tg", "xt_NFLOG")),
+        since: "5.10",
+        lost: "what Calico's rules of iptables log of a packet where flow logs are on: by which rule of which policy it was \
+               allowed or denied",
+    },
+    Row {
+        hook: Hook::NftLogEval,
+        name: "nft_log_eval",
+        program: "calitrace_nft_log_eval",
+        attach: Attach::Function(in_module("nft_log_eval", "nft_log")),
+        since: "5.10",
+        lost: "the same of rules of nftables, and of those that iptables (1.8.8 and newer) makes of them",
+    },
 ];
 
 /// The program that notes the arguments of functions whose result matters, where there are no trampolines.

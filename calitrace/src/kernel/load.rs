@@ -35,6 +35,9 @@ pub(super) const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 /// The types of conntrack, where that is a module (from 5.11 on).
 const NF_CONNTRACK: &str = "/sys/kernel/btf/nf_conntrack";
 
+/// The same of the modules whose rules log.
+const LOGS: [&str; 2] = ["/sys/kernel/btf/xt_NFLOG", "/sys/kernel/btf/nft_log"];
+
 /// How many times programs were loaded in this process.
 static LOADED: AtomicU32 = AtomicU32::new(0);
 
@@ -274,11 +277,24 @@ fn conntrack(btf: &Btf, path: &Path, offsets: &mut Offsets) {
     offsets::read_conntrack(btf, offsets);
     if offsets.ct_reply_tuple == OFFSET_UNKNOWN
         && path == Path::new(VMLINUX)
-        && let Ok(module) = fs::read(NF_CONNTRACK)
-        && let Ok(both) = btf.with_module(&module)
+        && let Some(both) = with_module(btf, NF_CONNTRACK)
     {
         offsets::read_conntrack(&both, offsets);
     }
+}
+
+/// The same of the modules whose rules log, as far as they are loaded: with flow logs they are.
+fn logs(btf: &Btf, path: &Path, offsets: &mut Offsets) {
+    offsets::read_logs(btf, offsets);
+    if path == Path::new(VMLINUX) {
+        for both in LOGS.iter().filter_map(|module| with_module(btf, module)) {
+            offsets::read_logs(&both, offsets);
+        }
+    }
+}
+
+fn with_module(btf: &Btf, module: &str) -> Option<Btf> {
+    btf.with_module(&fs::read(module).ok()?).ok()
 }
 
 /// Reads BTF and the offsets in it; the error is a reason in words.
@@ -288,6 +304,7 @@ fn read_btf(path: &Path) -> Result<(Btf, Offsets), String> {
     let btf = Btf::parse(data).map_err(|error| describe(error.to_string()))?;
     let mut offsets = offsets::read(&btf);
     conntrack(&btf, path, &mut offsets);
+    logs(&btf, path, &mut offsets);
     if !offsets::suffice(&offsets) {
         return Err(describe(
             "it lacks members of sk_buff, net_device or net".to_owned(),

@@ -28,7 +28,7 @@ pub use attach::Attached;
 pub use capabilities::{Capability, capabilities};
 pub use check::{AttachmentCheck, Checked};
 pub use counters::Count;
-pub use functions::Means;
+pub use functions::{Means, has_kprobes};
 pub use load::{Config, Kernel, Probes};
 pub use names::Names;
 pub use permission::{check as check_permission, shortcomings};

@@ -4,6 +4,12 @@ use calitrace_ebpf::shared::{OFFSET_UNKNOWN, Offsets};
 
 use super::btf::Btf;
 
+/// `struct xt_action_param`.`targinfo`, behind the union with `target` (`include/linux/netfilter/x_tables.h`, 5.10 to 6.18).
+const XT_TARGINFO: u32 = 8;
+/// `struct nft_expr`.`data` (`include/net/netfilter/nf_tables.h`), and in it `struct nft_log`.`prefix` behind 16 bytes of
+/// `struct nf_loginfo` (`net/netfilter/nft_log.c`, `include/net/netfilter/nf_log.h`, 5.10 to 6.18).
+const NFT_LOG_PREFIX: u32 = 8 + 16;
+
 /// Reads every offset that [`Offsets`] has; one that the kernel lacks stays unknown, and the programs do without.
 pub(super) fn read(btf: &Btf) -> Offsets {
     let skb = |member: &str| btf.offset("sk_buff", &[member]).unwrap_or(OFFSET_UNKNOWN);
@@ -34,6 +40,8 @@ pub(super) fn read(btf: &Btf) -> Offsets {
         ct_status: OFFSET_UNKNOWN,
         skb_nfct: skb("_nfct"),
         ct_net: OFFSET_UNKNOWN,
+        xt_targinfo: XT_TARGINFO,
+        nft_log_prefix: NFT_LOG_PREFIX,
     }
 }
 
@@ -53,6 +61,20 @@ pub(super) fn read_conntrack(btf: &Btf, offsets: &mut Offsets) {
         offsets.ct_reply_tuple = hashes + size + tuple;
         offsets.ct_status = status;
         offsets.ct_net = net;
+    }
+}
+
+/// Reads the offsets that logging rules take, from the BTF of their modules or the kernel's own. Before 5.11 no BTF tells
+/// of modules, and a module may come later: meanwhile they are as they have always been.
+pub(super) fn read_logs(btf: &Btf, offsets: &mut Offsets) {
+    if let Some(info) = btf.offset("xt_action_param", &["targinfo"]) {
+        offsets.xt_targinfo = info;
+    }
+    if let (Some(data), Some(prefix)) = (
+        btf.offset("nft_expr", &["data"]),
+        btf.offset("nft_log", &["prefix"]),
+    ) {
+        offsets.nft_log_prefix = data + prefix;
     }
 }
 

@@ -1,22 +1,27 @@
 //! Names for rules that drop: what Calico meant by them. Felix says it in comments and in the names of chains.
 //!
 //! Felix' words are those of `felix/rules/{policy,endpoints,dispatch,static}.go` from before and after v3.32, where policies
-//! got their kind into the comment.
+//! got their kind into the comment. In nftables the names of its chains begin with the table that they would be in with
+//! iptables (`felix/nftables/table_layer.go`), and all comments of a rule are one, cut off at 128 bytes
+//! (`felix/nftables/renderer.go`).
 
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use super::rules::{Chain, Target};
+use super::{
+    packet::States,
+    rules::{Chain, Target, What},
+};
 
 /// A rule that may have dropped a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Culprit {
     /// What it means.
     pub cause: Cause,
-    /// The table.
+    /// The table; empty where only the rule's log is known.
     pub table: String,
-    /// The chain.
+    /// The chain; as above.
     pub chain: String,
     /// It sends an answer.
     pub rejects: bool,
@@ -74,10 +79,17 @@ pub enum Cause {
     },
     /// Conntrack calls the packet invalid.
     Invalid,
+    /// The same of a packet that may begin a connection, which only a broken header or checksum makes invalid.
+    Broken,
     /// Felix has no chains for the interface.
     UnknownInterface,
     /// The endpoint is disabled.
     AdminDown,
+    /// More packets a second, or more connections, than the pod may have (Felix' controls of quality of service).
+    Limit {
+        /// To the pod or from it.
+        direction: Option<Direction>,
+    },
     /// A pod sent an encapsulated packet, which it must not.
     EncapsulatedByPod,
     /// The answer would not go back where the packet came from.
@@ -92,7 +104,7 @@ pub enum Cause {
     BaseChain,
     /// None of Calico's.
     Foreign {
-        /// The rule as `iptables-save` writes it.
+        /// The rule as `iptables-save` or `nft` writes it.
         rule: String,
     },
 }
@@ -131,8 +143,15 @@ impl fmt::Display for Culprit {
                 write!(formatter, "no profile{} allows the packet", direction(way))
             }
             Cause::Invalid => formatter.write_str("conntrack calls the packet INVALID"),
+            Cause::Broken => formatter
+                .write_str("no rule but the one for INVALID: conntrack finds its checksum or header broken"),
             Cause::UnknownInterface => formatter.write_str("Felix has no rules for the interface (yet)"),
             Cause::AdminDown => formatter.write_str("the endpoint is disabled"),
+            Cause::Limit { direction: way } => write!(
+                formatter,
+                "more packets or connections{} than the pod may have",
+                direction(way)
+            ),
             Cause::EncapsulatedByPod => formatter.write_str("pods must not send encapsulated packets"),
             Cause::ReversePath => {
                 formatter.write_str("the source address is not the sender's (reverse path filter)")
@@ -166,8 +185,10 @@ impl Cause {
             Self::EndOfTier { .. } => "end_of_tier",
             Self::NoProfile { .. } => "no_profile",
             Self::Invalid => "invalid",
+            Self::Broken => "broken",
             Self::UnknownInterface => "unknown_interface",
             Self::AdminDown => "admin_down",
+            Self::Limit { .. } => "limit",
             Self::EncapsulatedByPod => "encapsulated_by_pod",
             Self::ReversePath => "reverse_path",
             Self::UnknownTunnelPeer => "unknown_tunnel_peer",
@@ -191,9 +212,13 @@ impl Serialize for Culprit {
             kind: Option<&'a str>,
             direction: Option<Direction>,
             rule: Option<u32>,
-            table: &'a str,
-            chain: &'a str,
+            /// Null, as the chain, where only the rule's log is known.
+            table: Option<&'a str>,
+            chain: Option<&'a str>,
             rejects: bool,
+        }
+        fn known(name: &str) -> Option<&str> {
+            (!name.is_empty()).then_some(name)
         }
         let (name, kind, direction, rule) = match &self.cause {
             Cause::Policy {
@@ -209,7 +234,7 @@ impl Serialize for Culprit {
                 tier: name,
                 direction,
             } => (Some(name), None, *direction, None),
-            Cause::NoProfile { direction } => (None, None, *direction, None),
+            Cause::NoProfile { direction } | Cause::Limit { direction } => (None, None, *direction, None),
             _ => (None, None, None, None),
         };
         Fields {
@@ -219,8 +244,8 @@ impl Serialize for Culprit {
             kind,
             direction,
             rule,
-            table: &self.table,
-            chain: &self.chain,
+            table: known(&self.table),
+            chain: known(&self.chain),
             rejects: self.rejects,
         }
         .serialize(serializer)
@@ -249,23 +274,39 @@ pub(super) fn of_rule(table: &str, name: &str, chain: &Chain, index: usize) -> C
 }
 
 /// Beginnings of the names of Calico's chains (`felix/rules/rule_defs.go`).
+const LAYERS: [&str; 4] = ["raw-", "mangle-", "nat-", "filter-"];
 const POLICY: [(&str, Direction); 2] = [("cali-pi-", Direction::Ingress), ("cali-po-", Direction::Egress)];
 const PROFILE: [(&str, Direction); 2] = [
     ("cali-pri-", Direction::Ingress),
     ("cali-pro-", Direction::Egress),
 ];
-const ENDPOINT: [(&str, Direction); 4] = [
+const ENDPOINT: [(&str, Direction); 6] = [
     ("cali-tw-", Direction::Ingress),
     ("cali-fw-", Direction::Egress),
     ("cali-th-", Direction::Egress),
     ("cali-fh-", Direction::Ingress),
+    // What is forwarded by a host endpoint's interface.
+    ("cali-thfw-", Direction::Egress),
+    ("cali-fhfw-", Direction::Ingress),
 ];
+
+/// Whether a chain is that of a policy or a profile.
+pub(super) fn is_of_policy(chain: &str) -> bool {
+    let name = without_layer(chain);
+    beginning(name, &POLICY).is_some() || beginning(name, &PROFILE).is_some()
+}
+
+fn without_layer(name: &str) -> &str {
+    let mut layers = LAYERS.iter();
+    layers.find_map(|layer| name.strip_prefix(layer)).unwrap_or(name)
+}
 
 fn cause(name: &str, chain: &Chain, index: usize) -> Cause {
     let rule = &chain.rules[index];
     let foreign = || Cause::Foreign {
         rule: rule.text.as_deref().unwrap_or_default().to_owned(),
     };
+    let name = without_layer(name);
     if !name.starts_with("cali-") {
         return foreign();
     }
@@ -283,8 +324,14 @@ fn cause(name: &str, chain: &Chain, index: usize) -> Cause {
     let direction = beginning(name, &ENDPOINT).map(|(_, way)| way);
     // `DROP` or `REJECT` stand first, by the action that is configured.
     let says = |end: &str| rule.comments.iter().any(|comment| comment.ends_with(end));
-    let text = rule.text.as_deref().unwrap_or_default();
-    if says("if no policies passed packet") {
+    let asks = |what: &What| {
+        let mut matches = rule.matches.iter();
+        matches.any(|condition| !condition.not && condition.what == *what)
+    };
+    // Of a tier with a long name the rest may be cut off.
+    let mut comments = rule.comments.iter();
+    let ends_tier = comments.any(|comment| comment.starts_with("End of tier "));
+    if ends_tier || says("if no policies passed packet") {
         return Cause::EndOfTier {
             tier: tier(chain, index),
             direction,
@@ -293,10 +340,10 @@ fn cause(name: &str, chain: &Chain, index: usize) -> Cause {
     if says("if no profiles matched") {
         return Cause::NoProfile { direction };
     }
-    if text.contains(" --ctstate INVALID ") {
+    if asks(&What::State(States::INVALID)) {
         return Cause::Invalid;
     }
-    if text.contains(" -m rpfilter ") {
+    if asks(&What::Unreachable) {
         return Cause::ReversePath;
     }
     if says("Unknown interface") || says("Unknown endpoint") {
@@ -304,6 +351,9 @@ fn cause(name: &str, chain: &Chain, index: usize) -> Cause {
     }
     if says("Endpoint admin disabled") {
         return Cause::AdminDown;
+    }
+    if says("packet rate limit") || says("connection limit") {
+        return Cause::Limit { direction };
     }
     if says("encapped packets originating in workloads") {
         return Cause::EncapsulatedByPod;
@@ -331,38 +381,60 @@ fn titled<'a>(comment: &'a str, title: &str) -> Option<&'a str> {
 }
 
 /// The first rule of a policy's chain names it: `NetworkPolicy default/deny ingress`, before v3.32
-/// `Policy default/knp.default.deny ingress`. The name of the chain says it, too, but a long one is a digest.
+/// `Policy default/knp.default.deny ingress`, after annotations if there are some. The name of the chain says it, too, but a
+/// long one is a digest.
 fn policy(rest: &str, way: Direction, chain: &Chain, index: usize) -> Cause {
-    let said = chain
-        .rules
-        .iter()
-        .flat_map(|rule| &rule.comments)
-        .find_map(|comment| {
-            if let Some(name) = titled(comment, "Policy ") {
-                return Some(before_kinds(name));
-            }
-            let (kind, name) = comment.split_once(' ')?;
-            let name = name
-                .strip_suffix(" ingress")
-                .or_else(|| name.strip_suffix(" egress"))?;
-            kind.ends_with("NetworkPolicy").then(|| PolicyName {
-                kind: Some(kind.to_owned()),
-                name: name.to_owned(),
-            })
-        });
-    let policy = said.unwrap_or_else(|| PolicyName {
-        kind: None,
-        name: rest.to_owned(),
+    let mut comments = chain.rules.iter().flat_map(|rule| &rule.comments);
+    let said = comments.find_map(|comment| {
+        let title = comment
+            .strip_suffix(" ingress")
+            .or_else(|| comment.strip_suffix(" egress"))?;
+        let (before, name) = title.rsplit_once(' ')?;
+        let kind = before.rsplit(' ').next()?;
+        if kind == "Policy" {
+            return Some(before_kinds(name));
+        }
+        kind.ends_with("NetworkPolicy").then(|| PolicyName {
+            kind: Some(kind.to_owned()),
+            name: name.to_owned(),
+        })
     });
     Cause::Policy {
-        policy,
+        policy: said.unwrap_or_else(|| of_id(rest)),
         direction: Some(way),
         rule: logged(chain, index),
     }
 }
 
+/// What the name of a policy's chain says: from v3.32 on a short word for its kind, and its name
+/// (`KindShortName`, `felix/types`); from v3.29 to v3.31 its tier, and its name. It is asked where there is no comment to
+/// tell: nftables' are cut off, and annotations stand before the title.
+pub(super) fn of_id(id: &str) -> PolicyName {
+    let named = id.split_once('/').and_then(|(word, name)| {
+        let kind = match word {
+            "np" => "NetworkPolicy",
+            "gnp" => "GlobalNetworkPolicy",
+            "knp" => "KubernetesNetworkPolicy",
+            "kcnp" => "KubernetesClusterNetworkPolicy",
+            "snp" => "StagedNetworkPolicy",
+            "sgnp" => "StagedGlobalNetworkPolicy",
+            "sknp" => "StagedKubernetesNetworkPolicy",
+            _ => return None,
+        };
+        Some(PolicyName {
+            kind: Some(kind.to_owned()),
+            name: name.to_owned(),
+        })
+    });
+    named.unwrap_or_else(|| match id.split_once('/') {
+        // With one `/` it may be a namespace that stands before it, as up to v3.28.
+        Some((_tier, name)) if name.contains('/') => before_kinds(name),
+        _ => before_kinds(id),
+    })
+}
+
 /// Names of policies before v3.32: those of Kubernetes have `knp.default.` before them, the others their tier.
-fn before_kinds(name: &str) -> PolicyName {
+pub(super) fn before_kinds(name: &str) -> PolicyName {
     let (namespace, own) = match name.split_once('/') {
         Some((namespace, own)) => (Some(namespace), own),
         None => (None, name),

@@ -29,6 +29,8 @@ impl States {
     /// Of a packet that may begin a connection: conntrack calls none of those invalid, unless its header is broken
     /// (`net/netfilter/nf_conntrack_proto_{tcp,udp,icmp}.c`).
     pub const OPENING: Self = Self(Self::NEW | Self::ESTABLISHED | Self::RELATED | Self::UNTRACKED);
+    /// Of one whose header or checksum is broken.
+    pub const BROKEN: Self = Self(Self::INVALID);
 }
 
 /// The packet, as it was where it was dropped.
@@ -50,6 +52,8 @@ pub struct Asked<'a> {
     pub output: Device<'a>,
     /// Which states its connection may have.
     pub states: States,
+    /// Its source is behind `input`, as far as is known: the answer would go there.
+    pub is_from_there: bool,
     /// The addresses of the node.
     pub local: &'a [IpAddr],
 }

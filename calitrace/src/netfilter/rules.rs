@@ -1,12 +1,32 @@
 //! Tables, chains, rules, matches and targets, as far as they matter for what is dropped.
 
+use std::sync::Arc;
+
 use ipnet::IpNet;
 use rustc_hash::FxHashMap;
+
+use super::{
+    elements::{Element, Elements, Key},
+    walk::Hook,
+};
 
 /// The rules of one address family in one namespace, as one tool shows them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ruleset {
     pub(super) tables: FxHashMap<String, Table>,
+    /// In the order in which a hook calls them.
+    pub(super) bases: Vec<Base>,
+    /// Bits of the mark that no packet has which comes to a hook.
+    pub(super) unset: u32,
+}
+
+/// A chain that a hook calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Base {
+    pub(super) hook: Hook,
+    pub(super) priority: i64,
+    pub(super) table: String,
+    pub(super) chain: String,
 }
 
 /// Chains by name.
@@ -55,6 +75,8 @@ pub(super) enum What {
     Local(End),
     /// In the IP set of this name, by these ends of the packet.
     Set(String, Vec<End>),
+    /// These values together are among the elements.
+    Among(Vec<Key>, Arc<Elements>),
     /// It comes from where the answer would not go to: netfilter's own reverse path filter failed.
     Unreachable,
     /// Something that is not understood here.
@@ -95,6 +117,11 @@ pub(super) enum Target {
         name: String,
         goto: bool,
     },
+    /// What the first element says that these values together are; nothing where they are none.
+    Map(Vec<Key>, Arc<Verdicts>),
     /// `NFLOG`, with its prefix.
     Log(String),
 }
+
+/// A map's elements, and what becomes of packets that are such a one; none for an element that is not understood.
+pub(super) type Verdicts = Vec<(Option<Element>, Target)>;

@@ -6,9 +6,14 @@
 use std::{iter::Peekable, mem};
 
 use super::{
+    marks,
     packet::States,
-    rules::{Chain, End, Match, Rule, Ruleset, Target, Way, What},
+    rules::{Base, Chain, End, Match, Rule, Ruleset, Target, Way, What},
+    walk::Hook,
 };
+
+/// Tables and their priorities (`include/uapi/linux/netfilter_ipv4.h`). The nat table drops nothing, and is not read.
+const TABLES: [(&str, i64); 3] = [("raw", -300), ("mangle", -150), ("filter", 0)];
 
 impl Ruleset {
     /// The rules of a text. Lines that are none are passed over.
@@ -37,6 +42,20 @@ impl Ruleset {
                 table.entry(chain).or_default().rules.push(rule);
             }
         }
+        for hook in Hook::ALL {
+            for (name, priority) in TABLES {
+                let table = rules.tables.get(name);
+                if table.is_some_and(|table| table.contains_key(hook.name())) {
+                    rules.bases.push(Base {
+                        hook,
+                        priority,
+                        table: name.to_owned(),
+                        chain: hook.name().to_owned(),
+                    });
+                }
+            }
+        }
+        rules.unset = marks::of_denied(&rules.tables);
         rules
     }
 }

@@ -79,6 +79,15 @@ impl Sets {
         sets
     }
 
+    /// Whether a set of networks or addresses has an address; none if there is no such set, or it is not known.
+    #[must_use]
+    pub fn holds(&self, name: &str, address: IpAddr) -> Option<bool> {
+        match self.0.get(name)? {
+            Set::Nets(nets) => Some(nets.has(address)),
+            Set::Ports(_) | Set::Other => None,
+        }
+    }
+
     /// Whether the set has what these ends of the packet say; none if that is not known.
     pub(super) fn has(&self, name: &str, ends: &[End], packet: &Asked<'_>) -> Option<bool> {
         let address = |end: &End| match end {
@@ -152,6 +161,7 @@ add other 10.0.0.0/8,tcp:80
             input: Device::Unknown,
             output: Device::Unknown,
             states: States::ANY,
+            is_from_there: false,
             local: &[],
         }
     }

@@ -8,6 +8,10 @@ use super::*;
 /// v3.32, flow logs on and off.
 const SAVED: [&str; 2] = [include_str!("felix-legacy.save"), include_str!("felix-nft.save")];
 
+/// The same in Calico's nftables mode, as `nft -j -n -s list table ip calico` (1.0.6) wrote it, with address sets, comments in
+/// Felix' form, and a policy with an annotation.
+const LISTED: &str = include_str!("felix-native.json");
+
 const POD: &str = "10.244.120.67";
 const OTHER: &str = "10.244.205.193";
 
@@ -22,16 +26,24 @@ fn datagram(output: &str, port: u16) -> Asked<'_> {
         input: Device::Is("tunl0"),
         output: Device::Is(output),
         states: States::OPENING,
+        is_from_there: false,
         local: &[],
     }
 }
 
 fn said(packet: &Asked<'_>, hooks: &[Hook]) -> Vec<String> {
-    let [legacy, nft] = SAVED.map(|saved| {
-        let culprits = Ruleset::parse(saved).culprits(packet, hooks, &Sets::default());
+    let native = Ruleset::parse_nft(&compact_nft(LISTED).unwrap(), false);
+    let [legacy, nft] = SAVED.map(Ruleset::parse);
+    let [legacy, nft, native] = [legacy, nft, native].map(|rules| {
+        let culprits = rules.culprits(packet, hooks, &Sets::default());
         culprits.iter().map(ToString::to_string).collect::<Vec<_>>()
     });
     assert_eq!(legacy, nft);
+    // Maps have no order.
+    let [mut sorted, mut native] = [legacy.clone(), native];
+    sorted.sort();
+    native.sort();
+    assert_eq!(sorted, native);
     legacy
 }
 
@@ -123,6 +135,7 @@ fn a_tunnel_s_outer_packet_from_a_stranger() {
         input: Device::Is("eth0"),
         output: Device::None,
         states: States::OPENING,
+        is_from_there: false,
         local: &local,
     };
     assert_eq!(
@@ -167,4 +180,39 @@ fn hostile_text_is_read_to_its_end() {
     let text = format!("*filter\n:FORWARD ACCEPT\n{wide}-A FORWARD -j C0\n");
     let culprits = Ruleset::parse(&text).culprits(&datagram("x", 1), &[Hook::Forward], &Sets::default());
     assert!(culprits.is_empty(), "{culprits:?}");
+}
+
+/// Felix's chain for `natOutgoing`, as 3.34 writes it with and without a range of ports, and an exception before it.
+#[test]
+fn packets_to_outside_the_pools_are_masqueraded() {
+    let sets = Sets::parse(
+        "create cali40masq-ipam-pools hash:net family inet\nadd cali40masq-ipam-pools 10.244.0.0/16\n\
+         create cali40all-ipam-pools hash:net family inet\nadd cali40all-ipam-pools 10.244.0.0/16\n",
+    );
+    let rule = "-A cali-nat-outgoing -m comment --comment \"cali:flqWnvo8yq4ULQLa\" -m set --match-set cali40masq-ipam-pools src \
+                -m set ! --match-set cali40all-ipam-pools dst -j MASQUERADE --random-fully\n";
+    let ask = |rules: &str, dst: &str, sets: &Sets| {
+        let packet = Asked {
+            dst: dst.parse().unwrap(),
+            input: Device::None,
+            ..datagram("eth0", 53)
+        };
+        let text = format!("*nat\n:cali-nat-outgoing - [0:0]\n{rules}COMMIT\n");
+        Ruleset::parse(&text).masquerades("cali-nat-outgoing", &packet, sets)
+    };
+    assert_eq!(ask(rule, "8.8.8.8", &sets), Some(true));
+    assert_eq!(ask(rule, "10.244.7.7", &sets), Some(false));
+    assert_eq!(
+        ask(rule, "8.8.8.8", &Sets::default()),
+        None,
+        "whose members are not known"
+    );
+    assert_eq!(ask("", "8.8.8.8", &sets), Some(false));
+    let excepted = format!("-A cali-nat-outgoing -d 8.8.0.0/16 -j RETURN\n{rule}");
+    assert_eq!(ask(&excepted, "8.8.8.8", &sets), Some(false));
+    assert_eq!(ask(&excepted, "9.9.9.9", &sets), Some(true));
+    assert_eq!(
+        Ruleset::parse("*filter\nCOMMIT\n").masquerades("cali-nat-outgoing", &datagram("eth0", 53), &sets),
+        None
+    );
 }

@@ -2,8 +2,9 @@
 
 use super::{
     culprit::{self, Culprit},
+    elements,
     packet::{Asked, Device},
-    rules::{End, Match, Rule, Ruleset, Table, Target, Way, What},
+    rules::{Chain, End, Match, Rule, Ruleset, Table, Target, Way, What},
     sets::Sets,
 };
 
@@ -23,6 +24,15 @@ pub enum Hook {
 }
 
 impl Hook {
+    /// All, in the order of a packet's way.
+    pub(super) const ALL: [Self; 5] = [
+        Self::Prerouting,
+        Self::Input,
+        Self::Forward,
+        Self::Output,
+        Self::Postrouting,
+    ];
+
     /// As `iptables` and `nft` name it, and its base chains.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -36,9 +46,6 @@ impl Hook {
     }
 }
 
-/// Tables in the order of their priorities (`include/uapi/linux/netfilter_ipv4.h`). The nat table drops nothing, and is not
-/// read.
-const TABLES: [&str; 3] = ["raw", "mangle", "filter"];
 /// Jumps within jumps. Chains cannot call themselves, so this only ends what is no real rule set.
 const DEPTH: usize = 64;
 /// Rules that are looked at for one packet in one table: a chain that many jump to is followed from each. Felix' rule sets for
@@ -51,24 +58,25 @@ impl Ruleset {
     #[must_use]
     pub fn culprits(&self, packet: &Asked<'_>, hooks: &[Hook], sets: &Sets) -> Vec<Culprit> {
         let mut found = Vec::new();
-        // What an earlier hook did to it is not known.
-        let mut flow = Some(Flow::default());
+        // What an earlier hook did to it is not known, but what no packet has.
+        let mut flow = Some(Flow {
+            known: self.unset,
+            value: 0,
+        });
         for hook in hooks {
-            for name in TABLES {
-                let (Some(table), Some(now)) = (self.tables.get(name), flow) else {
+            for base in self.bases.iter().filter(|base| base.hook == *hook) {
+                let (Some(table), Some(now)) = (self.tables.get(&base.table), flow) else {
                     continue;
                 };
                 let mut walk = Walk {
                     packet,
                     sets,
                     left: RULES,
-                    name,
+                    name: &base.table,
                     table,
                     found: &mut found,
                 };
-                if table.contains_key(hook.name()) {
-                    flow = walk.base(hook.name(), now);
-                }
+                flow = walk.base(&base.chain, now);
             }
         }
         // A policy may say the same by several rules, and a state be looked at in several chains.
@@ -79,6 +87,46 @@ impl Ruleset {
             }
         }
         culprits
+    }
+}
+
+impl Ruleset {
+    /// Whether a chain of the nat table gives the packet another source; none if there is no such chain, or its rules leave
+    /// that open. Other chains that it leads to are not followed.
+    #[must_use]
+    pub fn masquerades(&self, chain: &str, packet: &Asked<'_>, sets: &Sets) -> Option<bool> {
+        let table = self.tables.get("nat")?;
+        let mut found = Vec::new();
+        let walk = Walk {
+            packet,
+            sets,
+            left: RULES,
+            name: "nat",
+            table,
+            found: &mut found,
+        };
+        // What rules do that perhaps hold.
+        let mut perhaps = Vec::new();
+        let mut answer = false;
+        for rule in &table.get(chain)?.rules {
+            let translates = match &rule.target {
+                Target::Chain { name, .. } if name == "MASQUERADE" || name == "SNAT" => true,
+                Target::Return | Target::Accept => false,
+                _ => continue,
+            };
+            match walk.truth(rule, Flow::default()) {
+                Truth::Yes => {
+                    answer = translates;
+                    break;
+                }
+                Truth::Perhaps => perhaps.push(translates),
+                Truth::No => {}
+            }
+        }
+        perhaps
+            .iter()
+            .all(|translates| *translates == answer)
+            .then_some(answer)
     }
 }
 
@@ -121,7 +169,7 @@ fn meet(one: Option<Flow>, other: Option<Flow>) -> Option<Flow> {
 
 /// Whether a condition holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Truth {
+pub(super) enum Truth {
     No,
     Perhaps,
     Yes,
@@ -192,37 +240,71 @@ impl Walk<'_> {
             if truth == Truth::No {
                 continue;
             }
-            let goes_on = match &rule.target {
-                Target::Next | Target::Log(_) => Some(now),
-                Target::Mark { value, mask } => Some(now.marked(*value, *mask)),
-                Target::Accept => {
-                    exit.accepted = meet(exit.accepted, Some(now));
-                    None
-                }
-                Target::Drop | Target::Reject => {
-                    self.found.push(culprit::of_rule(self.name, name, chain, index));
-                    None
-                }
-                Target::Return => {
-                    exit.back = meet(exit.back, Some(now));
-                    None
-                }
-                Target::Chain { name, goto } => {
-                    let inner = self.chain(name, now, depth + 1);
-                    exit.accepted = meet(exit.accepted, inner.accepted);
-                    if *goto {
-                        exit.back = meet(exit.back, inner.back);
-                        None
-                    } else {
-                        inner.back
-                    }
-                }
-            };
+            let goes_on = self.follow(&rule.target, now, &mut exit, (name, chain, index), depth);
             let passed_by = (truth == Truth::Perhaps).then_some(now);
             here = meet(goes_on, passed_by);
         }
         exit.back = meet(exit.back, here);
         exit
+    }
+
+    /// What becomes of a packet that meets the conditions of a rule: how it goes on to the next one.
+    fn follow(
+        &mut self,
+        target: &Target,
+        now: Flow,
+        exit: &mut Exit,
+        rule: (&str, &Chain, usize),
+        depth: usize,
+    ) -> Option<Flow> {
+        match target {
+            Target::Next | Target::Log(_) => Some(now),
+            Target::Mark { value, mask } => Some(now.marked(*value, *mask)),
+            Target::Accept => {
+                exit.accepted = meet(exit.accepted, Some(now));
+                None
+            }
+            Target::Drop | Target::Reject => {
+                let (name, chain, index) = rule;
+                self.found.push(culprit::of_rule(self.name, name, chain, index));
+                None
+            }
+            Target::Return => {
+                exit.back = meet(exit.back, Some(now));
+                None
+            }
+            Target::Chain { name, goto } => {
+                let inner = self.chain(name, now, depth + 1);
+                exit.accepted = meet(exit.accepted, inner.accepted);
+                if *goto {
+                    exit.back = meet(exit.back, inner.back);
+                    None
+                } else {
+                    inner.back
+                }
+            }
+            Target::Map(keys, verdicts) => {
+                let mut goes_on = None;
+                for (element, verdict) in verdicts.iter() {
+                    self.left = self.left.saturating_sub(1);
+                    let truth = match element {
+                        Some(element) => elements::is(element, keys, self.packet),
+                        None => Truth::Perhaps,
+                    };
+                    if truth == Truth::No {
+                        continue;
+                    }
+                    // A map's verdicts are none of its own kind (`nft_verdict_init`, `net/netfilter/nf_tables_api.c`).
+                    if !matches!(verdict, Target::Map(..)) {
+                        goes_on = meet(goes_on, self.follow(verdict, now, exit, rule, depth));
+                    }
+                    if truth == Truth::Yes {
+                        return goes_on;
+                    }
+                }
+                meet(goes_on, Some(now))
+            }
+        }
     }
 
     fn truth(&self, rule: &Rule, flow: Flow) -> Truth {
@@ -270,6 +352,8 @@ impl Walk<'_> {
                 .sets
                 .has(name, ends, packet)
                 .map_or(Truth::Perhaps, Truth::from),
+            What::Among(keys, elements) => elements.has(keys, packet),
+            What::Unreachable if packet.is_from_there => Truth::No,
             What::Unreachable | What::Unknown => Truth::Perhaps,
         };
         truth.turned_if(condition.not)

@@ -55,7 +55,11 @@ impl Snapshot {
             let mut request = RouteMessage::default();
             request.header.address_family = family;
             for message in connection.dump(&RouteNetlinkMessage::GetRoute(request), "routes")? {
-                if let RouteNetlinkMessage::NewRoute(message) = message {
+                // Cloned is what the kernel has learned for one destination: no route of a table (`fib_dump_info_fnhe`,
+                // `net/ipv4/route.c`, Linux 5.3 and later).
+                if let RouteNetlinkMessage::NewRoute(message) = message
+                    && !message.header.flags.contains(RouteFlags::Cloned)
+                {
                     snapshot.routes.extend(entries(&message));
                 }
             }
@@ -125,17 +129,8 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
     };
     let mut link = Link {
         ifindex: message.header.index,
-        name: String::new(),
-        kind: None,
-        mtu: 0,
         flags: message.header.flags.bits(),
-        address: Vec::new(),
-        master: None,
-        link: None,
-        link_netnsid: None,
-        vlan: None,
-        vxlan: None,
-        ipip: None,
+        ..Link::default()
     };
     for attribute in message.attributes {
         match attribute {

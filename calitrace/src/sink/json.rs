@@ -109,6 +109,7 @@ mod tests {
             sample::denied(0),
             translated,
             v6,
+            sample::logged(sample::ping(0, 1), "API0|np/default/allow-frontend"),
         ] {
             sink.trace(&Arc::new(trace)).unwrap();
         }
@@ -148,7 +149,7 @@ mod tests {
     fn every_line_is_as_the_schema_says() {
         let (schemas, index) = schema();
         let lines = lines();
-        assert_eq!(lines.len(), 6);
+        assert_eq!(lines.len(), 7);
         for line in &lines {
             if let Err(error) = schemas.validate(line, index) {
                 panic!("{line:#}\n{error:#}");
@@ -187,6 +188,6 @@ mod tests {
 
     #[test]
     fn a_packet_line() {
-        insta::assert_snapshot!(lines()[2].to_string(), @"{\"answer\":null,\"bypass\":null,\"certainty\":\"content\",\"drop\":{\"before\":\"tunl0\",\"culprits\":[],\"interface\":\"cali8d02ed71817\",\"location\":\"nft_do_chain\",\"netfilter\":\"FORWARD\",\"node\":\"minikube\",\"policy\":null,\"reason\":\"NETFILTER_DROP\",\"route\":null},\"dup_ack\":null,\"flow\":{\"dst\":\"10.244.205.193\",\"dst_pod\":\"default/busybox-f5945bfb5-mwgr6\",\"dst_port\":null,\"icmp_id\":42,\"proto\":\"icmp\",\"src\":\"10.244.120.67\",\"src_pod\":\"default/busybox-f5945bfb5-mw26t\",\"src_port\":null},\"hops\":[{\"address\":\"10.244.120.64\",\"arrived_ns\":4000,\"certainty\":\"observed\",\"clock_bound_ns\":0,\"left_ns\":5000,\"node\":\"minikube\",\"pod\":null,\"reason\":null,\"rtt_ns\":null,\"ttl\":1}],\"id\":\"00000000000000000000000000000001\",\"length\":84,\"lost\":null,\"nat\":[],\"observations\":[{\"detail\":null,\"direction\":\"ingress\",\"elapsed_ns\":0,\"encap\":null,\"hook\":\"workload_ingress\",\"interface\":\"cali8d02ed71817\",\"joined\":null,\"length\":84,\"netns\":1,\"node\":\"minikube\",\"ttl\":64}],\"retransmit\":null,\"segment\":null,\"start\":\"2022-11-09T13:20:00.000000000Z\",\"ttl\":64,\"type\":\"packet\",\"verdict\":\"dropped\",\"version\":1}");
+        insta::assert_snapshot!(lines()[2].to_string(), @"{\"answer\":null,\"bypass\":null,\"certainty\":\"content\",\"drop\":{\"before\":\"tunl0\",\"culprits\":[],\"interface\":\"cali8d02ed71817\",\"location\":\"nft_do_chain\",\"mtu\":null,\"netfilter\":\"FORWARD\",\"node\":\"minikube\",\"policy\":null,\"reason\":\"NETFILTER_DROP\",\"route\":null},\"dup_ack\":null,\"flow\":{\"dst\":\"10.244.205.193\",\"dst_pod\":\"default/busybox-f5945bfb5-mwgr6\",\"dst_port\":null,\"icmp_id\":42,\"proto\":\"icmp\",\"src\":\"10.244.120.67\",\"src_pod\":\"default/busybox-f5945bfb5-mw26t\",\"src_port\":null},\"hops\":[{\"address\":\"10.244.120.64\",\"arrived_ns\":4000,\"certainty\":\"observed\",\"clock_bound_ns\":0,\"left_ns\":5000,\"node\":\"minikube\",\"pod\":null,\"reason\":null,\"rtt_ns\":null,\"ttl\":1}],\"id\":\"00000000000000000000000000000001\",\"length\":84,\"lost\":null,\"nat\":[],\"observations\":[{\"detail\":null,\"direction\":\"ingress\",\"elapsed_ns\":0,\"encap\":null,\"hook\":\"workload_ingress\",\"interface\":\"cali8d02ed71817\",\"joined\":null,\"length\":84,\"logged\":null,\"mtu\":1500,\"netns\":1,\"node\":\"minikube\",\"segments\":null,\"ttl\":64}],\"retransmit\":null,\"segment\":null,\"start\":\"2022-11-09T13:20:00.000000000Z\",\"ttl\":64,\"type\":\"packet\",\"verdict\":\"dropped\",\"version\":1}");
     }
 }

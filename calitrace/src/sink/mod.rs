@@ -50,7 +50,10 @@ pub trait Sink: Send {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Blocks for people.
-    Text,
+    Text {
+        /// With the sizes of packets and the MTUs at each interface.
+        sizes: bool,
+    },
     /// A line for each packet trace.
     Json,
     /// Blocks as traceroute prints them.
@@ -62,10 +65,13 @@ impl Format {
     #[must_use]
     pub fn sink(self, output: Output, terminal: Option<Terminal>) -> Box<dyn Sink> {
         match (self, terminal) {
-            (Self::Text, Some(terminal)) if terminal.redraw => Box::new(text::Live::new(output, terminal)),
-            (Self::Text, terminal) => Box::new(text::Text::new(
+            (Self::Text { sizes }, Some(terminal)) if terminal.redraw => {
+                Box::new(text::Live::new(output, terminal, sizes))
+            }
+            (Self::Text { sizes }, terminal) => Box::new(text::Text::new(
                 output,
                 terminal.is_some_and(|terminal| terminal.colours),
+                sizes,
             )),
             (Self::Json, _) => Box::new(json::Json::new(output)),
             (Self::Traceroute, _) => Box::new(traceroute::Traceroute::new(output)),

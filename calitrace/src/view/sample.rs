@@ -5,10 +5,11 @@ use std::sync::Arc;
 use super::SECOND;
 use crate::{
     correlate::{
-        Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Joint, PacketTrace, SightedEncap, Sighting,
-        Verdict,
+        Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Joint, LogReport, PacketTrace,
+        SightedEncap, Sighting, Verdict,
     },
     event::{EncapKind, Packet, Transport, sample},
+    netfilter::Logged,
 };
 
 pub(crate) const POD_1: &str = "default/busybox-f5945bfb5-mw26t";
@@ -96,6 +97,7 @@ pub(crate) fn ping(start: u64, seq: u16) -> PacketTrace {
         rtt_ns: Some(31_000),
         icmp: None,
         mtu: None,
+        dropped: None,
     });
     trace
 }
@@ -146,6 +148,7 @@ pub(crate) fn probe(start: u64, ttl: u8, rtt_ns: u64) -> PacketTrace {
         rtt_ns: Some(rtt_ns),
         icmp: Some(icmp),
         mtu: None,
+        dropped: None,
     });
     trace.verdict = verdict;
     trace
@@ -174,6 +177,7 @@ pub(crate) fn denied(start: u64) -> PacketTrace {
         node: Some("minikube".into()),
         interface: Some("cali8d02ed71817".into()),
         before: Some("tunl0".into()),
+        mtu: None,
         route: None,
         netfilter: Some("FORWARD"),
         policy: None,
@@ -206,6 +210,26 @@ fn receiver(ttl: u8, left_ns: u64) -> Hop {
     }
 }
 
+/// As `packet`, with what a rule logged of it before it was seen for the last time.
+pub(crate) fn logged(mut packet: PacketTrace, prefix: &str) -> PacketTrace {
+    let last = packet.observations.last().unwrap().clone();
+    let logged = Logged::parse(prefix);
+    let seen = Sighting {
+        hook: "nft_log_eval",
+        direction: None,
+        joined: Some(Joint::Skb),
+        detail: logged.as_ref().map(ToString::to_string),
+        logged: Some(Box::new(LogReport {
+            prefix: prefix.into(),
+            logged,
+        })),
+        ..last
+    };
+    let place = packet.observations.len() - 1;
+    packet.observations.insert(place, seen);
+    packet
+}
+
 fn sighting(
     node: &str,
     interface: &str,
@@ -225,6 +249,8 @@ fn sighting(
         elapsed_ns,
         ttl,
         length: 84,
+        segments: None,
+        mtu: Some(if interface == "tunl0" { 1480 } else { 1500 }),
         encap: encapsulated.then_some(SightedEncap {
             kind: EncapKind::Ipip,
             src,
@@ -235,5 +261,6 @@ fn sighting(
             vni: None,
         }),
         detail: None,
+        logged: None,
     }
 }

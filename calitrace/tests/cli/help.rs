@@ -82,6 +82,12 @@ fn help_of_watch() {
 
               [default: text]
 
+          --sizes
+              With the packet's bytes and the MTU at each interface (text)
+
+              Before and after encapsulation. Always shown of a packet that is too large; json has them
+              of every packet.
+
       -w, --write <FILE>
               Write all that is observed to a file; may be repeated
 
@@ -190,6 +196,7 @@ fn short_help_of_read() {
 
     Output:
       -o, --output <FORM>     Form of the output: text, json or traceroute [default: text]
+          --sizes             With the packet's bytes and the MTU at each interface (text)
       -w, --write <FILE>      Write all that is observed to a file; may be repeated
       -c, --count <COUNT>     Stop after so many packets that match the filter
           --max-open <COUNT>  Packet traces that may be open at once [default: 200000]
@@ -200,6 +207,64 @@ fn short_help_of_read() {
       calitrace read capture.jsonl --dropped -o json
 
     Exit codes: 0 done, 1 error, 2 usage.
+    "#);
+}
+
+#[test]
+fn help_of_topology() {
+    let run = run(&["topology", "--help"]);
+    assert_eq!((run.code, run.stderr.as_str()), (0, ""));
+    insta::assert_snapshot!(help(&run), @r#"
+    Show the Calico nodes of this machine
+
+    Shows devices, addresses, routes, blocks and pods of each node, and the path and MTU to expect
+    between them. With --from and --to the path between these two: what traceroute would print, the
+    devices and outer headers on the way, the largest packet that passes whole, and what calitrace would
+    not see. It is what the tables say: no packet is sent.
+
+    Usage: calitrace topology [OPTIONS]
+
+    Options:
+      -o, --output <FORM>
+              Form of the output: text or json
+
+              [default: text]
+
+      -v, --verbose...
+              Says more on standard error; twice for the kernel side's own logs
+
+      -h, --help
+              Print help (see a summary with '-h')
+
+    Which path:
+          --from <END>
+              Show the path from this pod, by name or address
+
+          --to <END>
+              Show the path to this pod, service address or other address
+
+    Where:
+          --netns <NETNS>
+              Only the network namespace with this name, inode number or path; may be repeated
+
+          --node <NAME>
+              Only the node with this name; may be repeated
+
+          --service-cidr <PREFIX>
+              Prefix of service addresses; may be repeated [default: the cluster's]
+
+          --interface-prefix <PREFIX>
+              What names of workload interfaces begin with; may be repeated
+
+              [default: cali]
+
+    Examples:
+      calitrace topology                                              all nodes, and a few paths
+      calitrace topology --from default/web-0 --to shop/cart-0        the path between two pods
+      calitrace topology --from default/web-0 --to 10.96.0.10         to each pod behind a service
+      calitrace topology --from default/web-0 --to 1.1.1.1 -o json    out of the cluster, for a script
+
+    Exit codes: 0 done, 1 error, 2 usage, 3 no permission, 4 no Calico node.
     "#);
 }
 
@@ -224,7 +289,7 @@ fn every_verb_explains_itself() {
 
 #[test]
 fn what_makes_no_sense_is_a_usage_error() {
-    let cases: [&[&str]; 18] = [
+    let cases: [&[&str]; 22] = [
         &[],
         &["trace"],
         &["read"],
@@ -243,6 +308,10 @@ fn what_makes_no_sense_is_a_usage_error() {
         &["watch", "--vxlan-port", "70000"],
         &["watch", "--service-cidr", "10.96.0.0"],
         &["topology", "-o", "traceroute"],
+        &["topology", "--from", "default/web-0"],
+        &["topology", "--to", "default/web-0"],
+        &["topology", "--from", "10.244.0.0/16", "--to", "10.96.0.10"],
+        &["topology", "--from", "default/web-0", "--to", "web-1"],
     ];
     for args in cases {
         let run = run(args);

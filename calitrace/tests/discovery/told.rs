@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use calitrace::calico::{
     NodeView,
-    doctor::{self, Severity, Sysctls},
+    doctor::{self, Evidence, Severity},
     topology::{Certainty, Outcome, Step, Topology, expected_path},
 };
 
@@ -256,7 +256,7 @@ pub(crate) fn doctor_names_what_is_wrong() -> Result<()> {
     }
     let findings = |severity: Severity| -> Result<Vec<_>> {
         let node = discover(&[&lab.node1])?.remove(0);
-        let found = doctor::check(&node, &Sysctls::read(&node)?);
+        let found = doctor::check(&node, &Evidence::read(&node)?);
         Ok(found
             .into_iter()
             .filter(|finding| finding.severity == severity)

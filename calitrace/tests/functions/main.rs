@@ -8,14 +8,19 @@
 #[path = "../kernel/net.rs"]
 mod net;
 
-use std::{cell::RefCell, collections::BTreeSet, path::Path, process::ExitCode};
+use std::{
+    cell::RefCell,
+    collections::BTreeSet,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use calitrace::{
     event::{Detail, Hook, NetfilterVerdict, Observation, Transport},
     kernel::{Config, Means, Probes},
 };
-use calitrace_tests::{Need, Test, harness, test};
-use net::{DEVICE, LEFT, Net, RIGHT, Watch, run};
+use calitrace_tests::{Need, Test, command, harness, test};
+use net::{DEVICE, End, LEFT, Net, RIGHT, Watch, run};
 
 /// A test by its name, with trampolines where the kernel has them, and by kprobes alone. It panics where it fails.
 macro_rules! twice {
@@ -38,12 +43,13 @@ macro_rules! twice {
     };
 }
 
-const TESTS: [[Test; 2]; 6] = [
+const TESTS: [[Test; 2]; 7] = [
     twice!("what_can_be_attached_is", attached),
     twice!("netfilter_s_drop_is_told_with_its_hook", netfilter),
     twice!("an_icmp_error_is_told_with_what_it_answers", icmp),
     twice!("a_translation_is_announced", translation),
     twice!("a_clone_is_known_by_its_new_address", clone),
+    twice!("a_rule_that_logs_is_told_with_its_prefix", logs),
     twice!(
         "a_module_that_comes_later_is_seen",
         late_module,
@@ -151,7 +157,7 @@ fn netfilter(probes: Probes) {
     };
     assert_eq!(verdict, NetfilterVerdict::Dropped);
     assert_eq!((input, output), (net.right.ifindex, 0));
-    assert_eq!(judged.detail.unwrap().netfilter_hook(), Some("INPUT"));
+    assert_eq!(judged.detail.as_ref().unwrap().netfilter_hook(), Some("INPUT"));
     // What is accepted is counted, and not told.
     let to = net.right.udp(RIGHT, 7303);
     from.send_to(b"wanted", (RIGHT, 7303)).unwrap();
@@ -172,6 +178,89 @@ fn netfilter(probes: Probes) {
         .map(|count| count.counters.filtered)
         .sum();
     assert!(filtered > 0);
+}
+
+/// Has a tool in a namespace read a text.
+fn load(end: &End, tool: &str, text: &str) {
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", &end.name]).args(tool.split(' '));
+    command::run_with_input(&mut command, text).unwrap();
+}
+
+fn logs(probes: Probes) {
+    let net = Net::new();
+    let long = format!("DPI0|np/default/{}", "long".repeat(25));
+    let rules = [
+        ("iptables-legacy", 7310, "DPI0|np/default/web"),
+        ("iptables-nft", 7311, "calico-packet: "),
+        // No prefix.
+        ("iptables-nft", 7312, ""),
+    ];
+    for (tool, port, prefix) in rules {
+        let rule = format!("*filter\n-A INPUT -p udp --dport {port} -j NFLOG --nflog-group 7");
+        let prefix = if prefix.is_empty() {
+            String::new()
+        } else {
+            format!(" --nflog-prefix \"{prefix}\"")
+        };
+        load(
+            &net.right,
+            &format!("{tool}-restore --noflush"),
+            &format!("{rule}{prefix}\nCOMMIT\n"),
+        );
+    }
+    load(
+        &net.right,
+        "nft -f -",
+        &format!(
+            "table ip logs {{\nchain input {{\ntype filter hook input priority 0;\n\
+                  udp dport 7313 log prefix \"{long}\" group 7\n}}\n}}\n"
+        ),
+    );
+    let mut watch = watch(&net, probes);
+    let from = net.left.udp(LEFT, 0);
+    for port in 7310..=7314 {
+        let to = net.right.udp(RIGHT, port);
+        from.send_to(b"logged", (RIGHT, port)).unwrap();
+        to.recv(&mut [0; 16]).unwrap();
+    }
+    let is_log = |seen: &Observation| matches!(seen.hook, Hook::NflogTg | Hook::NftLogEval);
+    let logged = watch.wait(3, is_log);
+    let said: Vec<(Option<u16>, Option<&str>)> = logged
+        .iter()
+        .map(|seen| match &seen.detail {
+            Some(Detail::Logged { prefix }) => (port(seen), Some(&**prefix)),
+            _ => (port(seen), None),
+        })
+        .collect();
+    assert_eq!(
+        said,
+        [
+            (Some(7310), Some("DPI0|np/default/web")),
+            (Some(7311), Some("calico-packet: ")),
+            (Some(7313), Some(&long[..63])),
+        ]
+    );
+    assert_eq!(logged[0].hook, Hook::NflogTg);
+    assert_eq!(logged[2].hook, Hook::NftLogEval);
+    for seen in &logged {
+        assert_eq!(
+            (seen.netns, seen.ifindex),
+            (net.right.ns.inode(), net.right.ifindex)
+        );
+    }
+    // What has no prefix is counted, and not told.
+    let seen = watch.finish();
+    assert_eq!(seen.iter().filter(|seen| is_log(seen)).count(), 3, "{seen:#?}");
+    let filtered: u64 = watch
+        .kernel
+        .counters()
+        .unwrap()
+        .iter()
+        .filter(|count| matches!(count.hook, Hook::NflogTg | Hook::NftLogEval))
+        .map(|count| count.counters.filtered)
+        .sum();
+    assert_eq!(filtered, 1);
 }
 
 fn icmp(probes: Probes) {

@@ -1,6 +1,7 @@
 //! The lab: building it, changing it, running things in it, taking it down.
 
 mod devices;
+mod felix_nft;
 mod ipip;
 pub mod netfilter;
 pub mod plan;
@@ -450,12 +451,13 @@ impl Lab {
                 .map(|(pod, policy)| (pod, *policy))
                 .collect(),
             backend: state.pods.iter().map(|(pod, _)| pod).find(|pod| pod.id == "pod2"),
-            proxy: self.options.proxy,
+            proxy: self.options.kube_proxy(),
+            flow_logs: self.options.flow_logs,
             block_time_exceeded: state.block_time_exceeded,
         };
         let namespace = Namespace::open(&node.namespace)?;
-        netfilter::load(&namespace, self.options.netfilter, &rules.text())?;
-        services::load(&namespace, self.options.proxy, rules.backend)
+        netfilter::load(&namespace, self.options.netfilter, &rules)?;
+        services::load(&namespace, rules.proxy, rules.backend)
             .with_context(|| format!("cannot load the service in namespace {}", namespace.name()))
     }
 

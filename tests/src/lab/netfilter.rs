@@ -3,7 +3,7 @@
 //!
 //! Chain names, their order and the verdicts follow `felix/rules/{static,endpoints,dispatch,policy}.go`
 //! (v3.32). Left out: the hash in each rule's comment, address sets (addresses are written out, so that no
-//! `ipset` is needed), host endpoints and flow logs.
+//! `ipset` is needed) and host endpoints.
 
 #![expect(
     clippy::format_push_string,
@@ -15,6 +15,7 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use super::felix_nft;
 use super::plan::{Encapsulation, FLOATING_POD, Node, POOL, Pod, VXLAN};
 use super::services::{self, Proxy};
 use crate::command;
@@ -32,6 +33,9 @@ pub enum Backend {
     Legacy,
     /// `iptables-nft-restore`.
     Nft,
+    /// Calico's nftables mode: a table of its own, loaded with `nft`. Kube-proxy is in its nftables mode then, too, as Calico
+    /// wants it.
+    Native,
 }
 
 /// What a pod's ingress policies say.
@@ -46,6 +50,55 @@ pub enum Policy {
     /// Calico's `NetworkPolicy` `default/no-match` selects it and matches nothing: the end of the tier
     /// drops.
     EndOfTier,
+}
+
+/// Whether Felix's rules log what policies and profiles do (`FlowLogsEnabled` in `felix/config/config_params.go`), and how
+/// it calls policies in the prefix (`felix/rules/nflogprefix.go`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FlowLogs {
+    /// They do not.
+    #[default]
+    Off,
+    /// With the kind before the name, from v3.32 on.
+    Kinds,
+    /// With the tier before the name, up to v3.31.
+    Tiers,
+}
+
+impl FlowLogs {
+    /// The prefix of a rule, by what it does and for whom.
+    pub(super) fn prefix(self, head: &str, policy: &str) -> Option<String> {
+        match self {
+            Self::Off => None,
+            Self::Kinds => Some(format!("{head}|np/default/{policy}")),
+            Self::Tiers => Some(format!("{head}|default/default.{policy}")),
+        }
+    }
+
+    /// What says in a comment whose chain it is.
+    pub(super) fn title(self, policy: &str) -> String {
+        match self {
+            Self::Off | Self::Kinds => format!("NetworkPolicy default/{policy} ingress"),
+            Self::Tiers => format!("Policy default/default.{policy} ingress"),
+        }
+    }
+
+    /// A prefix that is the same in both.
+    pub(super) fn plain(self, prefix: &str) -> Option<&str> {
+        (self != Self::Off).then_some(prefix)
+    }
+}
+
+/// The groups that Felix listens to (`NFLOGInboundGroup`, `felix/rules/rule_defs.go`), by direction.
+pub(super) const INGRESS: u16 = 1;
+pub(super) const EGRESS: u16 = 2;
+
+/// A rule that logs what meets these conditions; nothing without a prefix.
+fn log(chain: &str, matches: &str, group: u16, prefix: Option<&str>) -> String {
+    prefix.map_or_else(String::new, |prefix| {
+        format!("-A {chain} {matches} -j NFLOG --nflog-group {group} --nflog-prefix \"{prefix}\" --nflog-size 80\n")
+    })
 }
 
 impl Policy {
@@ -71,6 +124,7 @@ pub(super) struct Rules<'a> {
     pub(super) backend: Option<&'a Pod>,
     /// How kube-proxy translates the service.
     pub(super) proxy: Proxy,
+    pub(super) flow_logs: FlowLogs,
     /// The node neither sends nor forwards ICMP time exceeded.
     pub(super) block_time_exceeded: bool,
 }
@@ -78,11 +132,12 @@ pub(super) struct Rules<'a> {
 /// Mark bits, from Felix's default mask 0xffff0000 (`felix/dataplane/driver.go`).
 const ACCEPT: &str = "0x10000/0x10000";
 const PASS: &str = "0x20000/0x20000";
+const DENY: &str = "0x40000/0x40000";
 const FROM_WORKLOAD: &str = "0x80000/0x80000";
 
 impl Rules<'_> {
     /// Everything, as `iptables-restore` reads it. Each table is replaced as a whole.
-    pub(super) fn text(&self) -> String {
+    fn text(&self) -> String {
         [self.raw(), self.nat(), self.filter()].concat()
     }
 
@@ -162,13 +217,20 @@ impl Rules<'_> {
              -A cali-pri-kns.default -j MARK --set-xmark {ACCEPT}\n\
              -A cali-pro-kns.default -j MARK --set-xmark {ACCEPT}\n"
         );
+        let accepted = format!("-m mark --mark {ACCEPT}");
+        for (chain, group, prefix) in [
+            ("cali-pri-kns.default", INGRESS, "ARI0|kns.default"),
+            ("cali-pro-kns.default", EGRESS, "ARE0|kns.default"),
+        ] {
+            text += &log(chain, &accepted, group, self.flow_logs.plain(prefix));
+        }
         for policy in [Policy::Deny, Policy::EndOfTier] {
             if self.pods.iter().any(|(_, of_pod)| *of_pod == policy) {
-                text += &policy_chain(policy);
+                text += &policy_chain(policy, self.flow_logs);
             }
         }
         for (pod, policy) in &self.pods {
-            text += &workload_chains(pod, *policy);
+            text += &workload_chains(pod, *policy, self.flow_logs);
         }
         text += "-A cali-from-wl-dispatch -m comment --comment \"Unknown interface\" -j DROP\n\
                  -A cali-to-wl-dispatch -m comment --comment \"Unknown interface\" -j DROP\n\
@@ -199,23 +261,33 @@ impl Rules<'_> {
     }
 }
 
-fn policy_chain(policy: Policy) -> String {
+fn policy_chain(policy: Policy, logs: FlowLogs) -> String {
     let Some(chain) = policy.chain() else {
         return String::new();
     };
-    let rule = match policy {
-        Policy::Deny => "-m comment --comment \"NetworkPolicy default/deny-all ingress\" -j DROP",
+    let (name, matches, mark, head) = match policy {
+        Policy::Deny => ("deny-all", "", DENY, "DPI0"),
         // What it would allow is from an address that nobody has.
-        _ => {
-            "-s 198.51.100.1/32 -m comment --comment \"NetworkPolicy default/no-match ingress\" \
-             -j MARK --set-xmark 0x10000/0x10000"
-        }
+        _ => ("no-match", "-s 198.51.100.1/32 ", ACCEPT, "API0"),
     };
-    format!(":{chain} -\n-A {chain} {rule}\n")
+    let first = format!(
+        "-A {chain} {matches}-m comment --comment \"{}\"",
+        logs.title(name)
+    );
+    let marked = format!("-m mark --mark {mark}");
+    let behind = log(chain, &marked, INGRESS, logs.prefix(head, name).as_deref());
+    match policy {
+        // Two rules in one, where there is none between them.
+        Policy::Deny if logs == FlowLogs::Off => format!(":{chain} -\n{first} -j DROP\n"),
+        Policy::Deny => {
+            format!(":{chain} -\n{first} -j MARK --set-xmark {mark}\n{behind}-A {chain} {marked} -j DROP\n")
+        }
+        _ => format!(":{chain} -\n{first} -j MARK --set-xmark {mark}\n{behind}"),
+    }
 }
 
 /// The chains of one workload interface: `cali-tw-` for what goes to the pod, `cali-fw-` for what it sends.
-fn workload_chains(pod: &Pod, policy: Policy) -> String {
+fn workload_chains(pod: &Pod, policy: Policy, logs: FlowLogs) -> String {
     let interface = &pod.interface;
     let (to, from) = (format!("cali-tw-{interface}"), format!("cali-fw-{interface}"));
     let mut text = format!(
@@ -243,31 +315,47 @@ fn workload_chains(pod: &Pod, policy: Policy) -> String {
                 "-A {chain} -m comment --comment \"Start of tier default\" -j MARK --set-xmark 0x0/0x20000\n\
                  -A {chain} -m mark --mark 0x0/0x20000 -j {policy}\n\
                  -A {chain} -m comment --comment \"Return if policy accepted\" \
-                 -m mark --mark {ACCEPT} -j RETURN\n\
-                 -A {chain} -m comment \
+                 -m mark --mark {ACCEPT} -j RETURN\n"
+            );
+            let not_passed = format!("-m mark ! --mark {PASS}");
+            text += &log(chain, &not_passed, INGRESS, logs.plain("DPI|default"));
+            text += &format!(
+                "-A {chain} -m comment \
                  --comment \"End of tier default. Drop if no policies passed packet\" \
                  -m mark ! --mark {PASS} -j DROP\n"
             );
         }
         text += &format!(
             "-A {chain} -j {profile}\n\
-             -A {chain} -m comment --comment \"Return if profile accepted\" -m mark --mark {ACCEPT} -j RETURN\n\
-             -A {chain} -m comment --comment \"Drop if no profiles matched\" -j DROP\n"
+             -A {chain} -m comment --comment \"Return if profile accepted\" -m mark --mark {ACCEPT} -j RETURN\n"
         );
+        let (group, prefix) = if chain == &to {
+            (INGRESS, "DRI")
+        } else {
+            (EGRESS, "DRE")
+        };
+        text += &log(chain, "", group, logs.plain(prefix));
+        text += &format!("-A {chain} -m comment --comment \"Drop if no profiles matched\" -j DROP\n");
     }
     text
 }
 
 /// Loads rules in a node's namespace.
-pub(super) fn load(namespace: &Namespace, backend: Backend, rules: &str) -> Result<()> {
+pub(super) fn load(namespace: &Namespace, backend: Backend, rules: &Rules<'_>) -> Result<()> {
+    let failed = || format!("cannot load Calico's rules in namespace {}", namespace.name());
     let tool = match backend {
+        Backend::Native => {
+            let mut nft = namespace.command("nft");
+            command::run_with_input(nft.args(["-f", "-"]), &felix_nft::text(rules)).with_context(failed)?;
+            return Ok(());
+        }
         Backend::Legacy => "iptables-legacy-restore",
         Backend::Nft => "iptables-nft-restore",
         Backend::Any => any_tool(namespace)?,
     };
     // Both wait for each other through one lock file of the machine.
-    command::run_with_input(namespace.command(tool).args(["-w", "10"]), rules)
-        .with_context(|| format!("cannot load Calico's rules in namespace {}", namespace.name()))?;
+    command::run_with_input(namespace.command(tool).args(["-w", "10"]), &rules.text())
+        .with_context(failed)?;
     Ok(())
 }
 
@@ -304,6 +392,7 @@ mod tests {
             pods: vec![(&pods[1], policy), (&pods[3], Policy::Allow)],
             backend: Some(&pods[1]),
             proxy: Proxy::Iptables,
+            flow_logs: FlowLogs::Off,
             block_time_exceeded: blocked,
         };
         rules.text()

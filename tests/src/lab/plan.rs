@@ -12,7 +12,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
-use super::netfilter::Backend;
+use super::netfilter::{Backend, FlowLogs};
 use super::services::Proxy;
 
 /// The pools all blocks and pods are from.
@@ -138,6 +138,8 @@ pub struct Options {
     pub netfilter: Backend,
     /// How kube-proxy translates the service.
     pub proxy: Proxy,
+    /// Whether Calico's rules log what policies do.
+    pub flow_logs: FlowLogs,
 }
 
 impl Default for Options {
@@ -152,6 +154,17 @@ impl Default for Options {
             cni_files: true,
             netfilter: Backend::default(),
             proxy: Proxy::default(),
+            flow_logs: FlowLogs::default(),
+        }
+    }
+}
+
+impl Options {
+    /// How kube-proxy translates beside these rules.
+    pub(super) fn kube_proxy(&self) -> Proxy {
+        match (self.netfilter, self.proxy) {
+            (Backend::Native, Proxy::Iptables) => Proxy::Nftables,
+            (_, proxy) => proxy,
         }
     }
 }

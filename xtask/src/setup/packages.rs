@@ -51,15 +51,24 @@ pub(crate) static LAB: [Program; 12] = [
 pub(crate) static FUZZ: [Program; 1] = [program("c++", "g++")];
 
 /// What tests make further traffic with, and translate it with.
-pub(crate) static TRAFFIC: [Program; 7] = [
+pub(crate) static TRAFFIC: [Program; 8] = [
     program("nft", "nftables"),
     program("ipset", "ipset"),
+    program("conntrack", "conntrack"),
     program("ipvsadm", "ipvsadm"),
     program("mtr", "mtr-tiny"),
     program("tracepath", "iputils-tracepath"),
     program("iperf3", "iperf3"),
     program("dnsmasq", "dnsmasq-base"),
 ];
+
+/// What builds the generator of Felix' rule sets. Calico's modules want it newer than bookworm has it, where it is in the
+/// backports.
+pub(crate) static GO: [Program; 1] = [Program {
+    name: "go",
+    package: "golang-go",
+    check: Some(is_go_with_toolchains),
+}];
 
 /// What virtual machines are made with, and what tests use in them only.
 pub(crate) static GUESTS: [Program; 7] = [
@@ -142,6 +151,14 @@ fn is_static(file: &Path) -> bool {
         .arg(file)
         .output()
         .is_ok_and(|output| !output.status.success())
+}
+
+/// From 1.21 on Go gets itself the toolchain that a module asks for; those before do not know the word `toolchain`.
+fn is_go_with_toolchains(file: &Path) -> bool {
+    Command::new(file)
+        .args(["env", "GOTOOLCHAIN"])
+        .output()
+        .is_ok_and(|output| output.status.success() && !output.stdout.trim_ascii().is_empty())
 }
 
 /// Debian splits `ensurepip` from Python.

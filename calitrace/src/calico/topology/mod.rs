@@ -1,8 +1,13 @@
 //! What `calitrace topology` tells: each node's devices, addresses, routes, blocks and pods as the kernel has them, and the
 //! way a packet between pods is expected to take. Nothing here was observed; it is what the tables say.
 
+mod pair;
+mod passage;
 mod path;
+mod report;
+mod service;
 mod text;
+mod unseen;
 
 use std::net::IpAddr;
 
@@ -10,7 +15,10 @@ use anyhow::Result;
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use pair::Place;
+pub use passage::{Outer, Passage};
 pub use path::{Certainty, End, Outcome, Path, Step, expected_path};
+pub use service::{Service, ServicePort};
 
 use super::view::NodeView;
 use crate::{
@@ -31,9 +39,19 @@ pub struct Topology {
     pub version: u32,
     /// The nodes, by cluster and name.
     pub nodes: Vec<Node>,
-    /// For each node and address family: from its first pod to its second, and to the first pod of each other node of its
-    /// cluster; to the first address of a remote block whose node is not looked at.
+    /// The paths that were asked for. Without a question, for each node and address family: from its first pod to its
+    /// second, and to the first pod of each other node of its cluster; to the first address of a remote block whose node
+    /// is not looked at.
     pub paths: Vec<Path>,
+}
+
+/// What becomes of the source address of a packet that leaves a pool of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Masquerade {
+    /// The first node gives the packet another source.
+    pub applies: bool,
+    /// That source; null where there is none, or it is not known.
+    pub address: Option<IpAddr>,
 }
 
 /// A node.
@@ -129,6 +147,22 @@ impl Topology {
             nodes: nodes.iter().map(|view| Node::of(view, nodes)).collect(),
             paths: path::representative(nodes)?,
         })
+    }
+
+    /// Gathers it with the paths between two places alone. An end that is not known, or is more than one pod, is an error
+    /// that says what there is.
+    pub fn between(nodes: &[NodeView], from: &Place, to: &Place) -> Result<Self> {
+        Ok(Self {
+            kind: "topology",
+            version: VERSION,
+            nodes: nodes.iter().map(|view| Node::of(view, nodes)).collect(),
+            paths: pair::paths(nodes, from, to)?,
+        })
+    }
+
+    /// Writes its paths, with the devices on them, for people to read.
+    pub fn write_paths(&self, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+        report::write(&self.paths, out)
     }
 
     /// Writes it for people to read.

@@ -6,10 +6,12 @@ use std::net::IpAddr;
 use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
 
+use super::{Masquerade, Passage, Service};
 use crate::{
     calico::view::NodeView,
     event::{self, EncapKind, Role, RouteKind},
-    route::{Decision, Type},
+    netns::{self, Found},
+    route::{Decision, Link, Type},
 };
 
 /// A packet is forwarded at most so many times.
@@ -22,14 +24,25 @@ pub struct Path {
     pub from: End,
     /// Where it is to go.
     pub to: End,
-    /// The longest IP packet that passes all devices on the way, in bytes, as far as they are looked at.
+    /// The longest IP packet that passes whole through all devices on the way, in bytes, as far as they are looked at.
     pub mtu: u32,
+    /// The longest one whose outer packets are not fragmented either.
+    pub unfragmented: u32,
     /// Encapsulation between the nodes; null without, or within one node.
     pub encap: Option<EncapKind>,
     /// The lines that traceroute would print: the routers, then the receiver.
     pub hops: Vec<Step>,
+    /// The devices on the way, in order, as far as they are looked at.
+    pub devices: Vec<Passage>,
     /// How it ends.
     pub outcome: Outcome,
+    /// The service's address that the packet is sent to, where that stands for `to`; null without. The last hop has it then,
+    /// and the others their own, where traceroute prints the service's in every line.
+    pub service: Option<Service>,
+    /// What becomes of the packet's source address; null where it is not known, or was not asked for.
+    pub masquerade: Option<Masquerade>,
+    /// What calitrace would not see of such a packet, each a sentence; only where two ends were asked for.
+    pub not_seen: Vec<String>,
 }
 
 /// An end of a path.
@@ -89,12 +102,84 @@ pub fn expected_path(nodes: &[NodeView], from: IpAddr, to: IpAddr) -> Result<Pat
     let Some((start, pod)) = nodes.iter().find_map(|node| Some((node, pod_with(node, from)?))) else {
         bail!("no pod of these nodes has the address {from}");
     };
-    walk(nodes, start, pod, from, to)
+    Walker::new(nodes)?.path(start, pod, from, to)
+}
+
+/// Follows packets through nodes.
+pub(super) struct Walker<'a> {
+    nodes: &'a [NodeView],
+    /// The namespaces of this host, pods' among them.
+    all: Vec<Found>,
+}
+
+impl<'a> Walker<'a> {
+    pub(super) fn new(nodes: &'a [NodeView]) -> Result<Self> {
+        Ok(Self {
+            nodes,
+            all: netns::list()?,
+        })
+    }
+
+    /// The way of a packet from a pod of the node `start`.
+    pub(super) fn path(
+        &self,
+        start: &'a NodeView,
+        pod: &event::Pod,
+        from: IpAddr,
+        to: IpAddr,
+    ) -> Result<Path> {
+        let mut walk = Walk {
+            nodes: self.nodes,
+            all: &self.all,
+            from,
+            to,
+            route_mtu: u32::MAX,
+            encap: None,
+            hops: Vec::new(),
+            devices: Vec::new(),
+        };
+        walk.devices.extend(Passage::in_pod(start, 0, pod, &self.all)?);
+        walk.passes(start, Some(pod.ifindex), None);
+        let outcome = walk.follow(start, Some(pod.ifindex))?;
+        let receiver = walk.hops.last().filter(|_| outcome == Outcome::Delivered);
+        let room = |all: bool| {
+            let limits = walk.devices.iter().filter(|device| all || !device.fragments);
+            let room = limits.filter_map(Passage::room).min();
+            room.unwrap_or(u32::MAX).min(walk.route_mtu)
+        };
+        let (mtu, unfragmented) = (room(false), room(true));
+        Ok(Path {
+            from: End {
+                address: from,
+                pod: pod.name.clone(),
+                node: Some(start.node.name.clone()),
+            },
+            to: End {
+                address: to,
+                pod: receiver.and_then(|receiver| receiver.pod.clone()),
+                node: walk
+                    .hops
+                    .last()
+                    .filter(|last| last.address == Some(to))
+                    .and_then(|last| last.node.clone()),
+            },
+            mtu,
+            unfragmented,
+            encap: walk.encap,
+            hops: walk.hops,
+            devices: walk.devices,
+            outcome,
+            service: None,
+            masquerade: None,
+            not_seen: Vec::new(),
+        })
+    }
 }
 
 /// A few paths that stand for all: in each address family between the first pods of all pairs of nodes of a cluster, within
 /// each node, and to blocks of nodes that are not looked at.
 pub(super) fn representative(nodes: &[NodeView]) -> Result<Vec<Path>> {
+    let walker = Walker::new(nodes)?;
     let mut paths = Vec::new();
     for node in nodes {
         for v6 in [false, true] {
@@ -127,7 +212,7 @@ pub(super) fn representative(nodes: &[NodeView]) -> Result<Vec<Path>> {
                 .chain(remote)
                 .chain(unseen.map(|route| route.prefix.addr()))
             {
-                paths.push(walk(nodes, node, pod, from, to)?);
+                paths.push(walker.path(node, pod, from, to)?);
             }
         }
     }
@@ -141,47 +226,16 @@ pub(super) fn owner(nodes: &[NodeView], cluster: u32, address: IpAddr) -> Option
         .find(|node| node.node.cluster == cluster && node.node.addresses.contains(&address))
 }
 
-fn walk(nodes: &[NodeView], start: &NodeView, pod: &event::Pod, from: IpAddr, to: IpAddr) -> Result<Path> {
-    let mut walk = Walk {
-        nodes,
-        from,
-        to,
-        mtu: u32::MAX,
-        encap: None,
-        hops: Vec::new(),
-    };
-    walk.passes(start, Some(pod.ifindex));
-    let outcome = walk.follow(start, Some(pod.ifindex))?;
-    let receiver = walk.hops.last().filter(|_| outcome == Outcome::Delivered);
-    Ok(Path {
-        from: End {
-            address: from,
-            pod: pod.name.clone(),
-            node: Some(start.node.name.clone()),
-        },
-        to: End {
-            address: to,
-            pod: receiver.and_then(|receiver| receiver.pod.clone()),
-            node: walk
-                .hops
-                .last()
-                .filter(|last| last.address == Some(to))
-                .and_then(|last| last.node.clone()),
-        },
-        mtu: walk.mtu,
-        encap: walk.encap,
-        hops: walk.hops,
-        outcome,
-    })
-}
-
 struct Walk<'a> {
     nodes: &'a [NodeView],
+    all: &'a [Found],
     from: IpAddr,
     to: IpAddr,
-    mtu: u32,
+    /// The smallest MTU of a route.
+    route_mtu: u32,
     encap: Option<EncapKind>,
     hops: Vec<Step>,
+    devices: Vec<Passage>,
 }
 
 impl<'a> Walk<'a> {
@@ -204,30 +258,53 @@ impl<'a> Walk<'a> {
                 Type::Blackhole => return Ok(Outcome::Blackhole),
                 Type::Unreachable | Type::Prohibit | Type::Other => return Ok(Outcome::Unreachable),
             }
-            self.passes(node, decision.oif);
-            self.mtu = self
-                .mtu
-                .min(decision.mtu.filter(|mtu| *mtu > 0).unwrap_or(u32::MAX));
+            self.route_mtu = self
+                .route_mtu
+                .min(set_mtu(node, self.to, &decision).unwrap_or(u32::MAX));
             let owner = node.pods.iter().find(|pod| Some(pod.ifindex) == decision.oif);
             if let Some(pod) = owner {
+                self.passes(node, decision.oif, None);
                 self.step(Some(self.to), name, pod.name.clone(), Certainty::Known);
+                let last = self.ttl();
+                self.devices.extend(Passage::in_pod(node, last, pod, self.all)?);
                 return Ok(Outcome::Delivered);
             }
             let route = best_route(node, self.to, &decision);
-            self.encap = self.encap.or(route.and_then(|route| route.encap));
-            let beyond = route
-                .and_then(|route| route.remote_node)
-                .or(decision.gateway)
-                .unwrap_or(self.to);
-            let Some(next) = owner_beyond(self.nodes, node, beyond) else {
+            let encap = route.and_then(|route| route.encap);
+            self.encap = self.encap.or(encap);
+            let remote = route.and_then(|route| route.remote_node);
+            self.leaves(node, &decision, encap, remote)?;
+            let beyond = remote.or(decision.gateway).unwrap_or(self.to);
+            let to_block = route.is_some_and(|route| node.remote_blocks.contains(&route.prefix));
+            let Some(next) = self.next(node, beyond, encap, to_block, &decision) else {
                 self.infer(node, route, &decision);
                 return Ok(Outcome::Left);
             };
-            inbound = inbound_device(next, route.and_then(|route| route.encap), self.from)?;
-            self.passes(next, inbound);
+            // What its answers would be sent to: the address that this node has on the way there.
+            let back = decision.source.filter(|_| encap.is_none()).unwrap_or(self.from);
+            inbound = self.enters(node, next, encap, back)?;
             node = next;
         }
         Ok(Outcome::Loop)
+    }
+
+    /// The node that a packet comes to next, over a router perhaps.
+    fn next(
+        &mut self,
+        node: &NodeView,
+        beyond: IpAddr,
+        encap: Option<EncapKind>,
+        to_block: bool,
+        decision: &Decision,
+    ) -> Option<&'a NodeView> {
+        let next = owner_beyond(self.nodes, node, beyond);
+        if next.is_some() || encap.is_some() {
+            return next;
+        }
+        let router = decision.gateway?;
+        let next = behind_router(self.nodes, node, self.to, to_block)?;
+        self.step(Some(router), None, None, Certainty::Inferred);
+        Some(next)
     }
 
     /// What lies beyond the last node that is looked at.
@@ -268,11 +345,78 @@ impl<'a> Walk<'a> {
         });
     }
 
-    fn passes(&mut self, node: &NodeView, device: Option<u32>) {
-        let mtu = device
-            .and_then(|ifindex| node.snapshot.link(ifindex))
-            .map(|link| link.mtu);
-        self.mtu = self.mtu.min(mtu.filter(|mtu| *mtu > 0).unwrap_or(u32::MAX));
+    /// The devices by which a packet leaves a node: the route's, and below a tunnel the one that carries it.
+    fn leaves(
+        &mut self,
+        node: &NodeView,
+        decision: &Decision,
+        encap: Option<EncapKind>,
+        remote: Option<IpAddr>,
+    ) -> Result<()> {
+        let hop = self.ttl();
+        let Some(link) = decision.oif.and_then(|oif| node.snapshot.link(oif)) else {
+            return Ok(());
+        };
+        let Some(device) = Passage::of(node, hop, link.ifindex) else {
+            return Ok(());
+        };
+        let Some(kind) = encap else {
+            self.devices.push(device);
+            return Ok(());
+        };
+        self.devices.push(device.wrapping(node, link, kind, remote)?);
+        if let Some(remote) = remote {
+            let below = node.lookup.route_to(remote)?.and_then(|decision| decision.oif);
+            self.passes(node, below.filter(|below| *below != link.ifindex), Some(link));
+        }
+        Ok(())
+    }
+
+    /// The devices by which it enters the next node. The device that it comes from there.
+    fn enters(
+        &mut self,
+        last: &NodeView,
+        next: &NodeView,
+        encap: Option<EncapKind>,
+        back: IpAddr,
+    ) -> Result<Option<u32>> {
+        let inbound = inbound_device(next, encap, back)?;
+        let hop = self.ttl() + 1;
+        let tunnel = inbound
+            .filter(|_| encap.is_some())
+            .and_then(|ifindex| next.snapshot.link(ifindex));
+        if let Some(tunnel) = tunnel {
+            let outer = self.devices.iter().rev().find_map(|device| device.encap?.src);
+            let outer = outer.or_else(|| last.node.addresses.first().copied());
+            let below = match outer {
+                Some(outer) => next.lookup.route_to(outer)?.and_then(|decision| decision.oif),
+                None => None,
+            };
+            let below = below.filter(|below| *below != tunnel.ifindex);
+            let carrier = below.and_then(|below| Passage::of(next, hop, below));
+            let sent = self.devices.last().filter(|device| device.overhead > 0);
+            let sent = sent.map(|device| device.mtu);
+            self.devices
+                .extend(carrier.map(|carrier| carrier.carrying(tunnel, sent)));
+        }
+        let device = inbound.and_then(|inbound| Passage::of(next, hop, inbound));
+        self.devices.extend(device);
+        Ok(inbound)
+    }
+
+    /// A device of the router that is at work; below a tunnel what carries its outer packets.
+    fn passes(&mut self, node: &NodeView, device: Option<u32>, tunnel: Option<&Link>) {
+        let hop = self.ttl().max(1);
+        let device = device.and_then(|ifindex| Passage::of(node, hop, ifindex));
+        self.devices.extend(device.map(|device| match tunnel {
+            Some(tunnel) => device.carrying(tunnel, None),
+            None => device,
+        }));
+    }
+
+    /// Of the last line so far.
+    fn ttl(&self) -> u8 {
+        u8::try_from(self.hops.len()).unwrap_or(u8::MAX)
     }
 }
 
@@ -285,6 +429,24 @@ fn owner_beyond<'a>(nodes: &'a [NodeView], node: &NodeView, address: IpAddr) -> 
     owner(nodes, node.node.cluster, address).filter(|next| next.netns() != node.netns())
 }
 
+/// The other node of the cluster that has an address, where the gateway on the way there is no node. Pods' addresses only
+/// where the route is to a block: the default route's gateway knows none.
+fn behind_router<'a>(
+    nodes: &'a [NodeView],
+    node: &NodeView,
+    to: IpAddr,
+    to_block: bool,
+) -> Option<&'a NodeView> {
+    let mut others = nodes
+        .iter()
+        .filter(|other| other.node.cluster == node.node.cluster && other.netns() != node.netns());
+    others.find(|other| {
+        let in_block =
+            || pod_with(other, to).is_some() || other.local_blocks.iter().any(|block| block.contains(&to));
+        other.node.addresses.contains(&to) || to_block && in_block()
+    })
+}
+
 /// The route that the kernel's decision came from.
 fn best_route<'a>(node: &'a NodeView, to: IpAddr, decision: &Decision) -> Option<&'a event::Route> {
     node.routes.iter().find(|route| {
@@ -295,8 +457,19 @@ fn best_route<'a>(node: &'a NodeView, to: IpAddr, decision: &Decision) -> Option
     })
 }
 
+/// The MTU that was set for the route. What the kernel has learned for a destination, which its answer would tell, too,
+/// does not hold for what it forwards (`ip_dst_mtu_maybe_forward`, `include/net/ip.h`, Linux 6.18; unless
+/// `net.ipv4.ip_forward_use_pmtu` is 1).
+fn set_mtu(node: &NodeView, to: IpAddr, decision: &Decision) -> Option<u32> {
+    let routes = node.snapshot.routes.iter().filter(|entry| {
+        entry.destination.contains(&to) && entry.oif == decision.oif && entry.gateway == decision.gateway
+    });
+    let best = routes.max_by_key(|entry| entry.destination.prefix_len())?;
+    best.mtu.filter(|mtu| *mtu > 0)
+}
+
 /// The device by which a packet comes in: the tunnel of that kind, else the one that leads back.
-fn inbound_device(node: &NodeView, encap: Option<EncapKind>, from: IpAddr) -> Result<Option<u32>> {
+fn inbound_device(node: &NodeView, encap: Option<EncapKind>, back: IpAddr) -> Result<Option<u32>> {
     let tunnel = node.interfaces.iter().find(|interface| {
         let link = node.snapshot.link(interface.ifindex);
         interface.role == Role::Tunnel
@@ -305,6 +478,6 @@ fn inbound_device(node: &NodeView, encap: Option<EncapKind>, from: IpAddr) -> Re
     });
     match tunnel {
         Some(tunnel) => Ok(Some(tunnel.ifindex)),
-        None => Ok(node.lookup.route_to(from)?.and_then(|decision| decision.oif)),
+        None => Ok(node.lookup.route_to(back)?.and_then(|decision| decision.oif)),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{Result, Write};
 
-use super::{Certainty, Device, Node, Outcome, Path, Route, Topology};
+use super::{Certainty, Device, Node, Outcome, Path, Route, Step, Topology};
 use crate::event::{EncapKind, Role, RouteKind};
 
 pub(super) fn write(topology: &Topology, out: &mut dyn Write) -> Result<()> {
@@ -105,7 +105,7 @@ fn kind(device: &Device) -> &str {
     device.kind.as_deref().unwrap_or("device")
 }
 
-fn encap(kind: EncapKind) -> &'static str {
+pub(super) fn encap(kind: EncapKind) -> &'static str {
     match kind {
         EncapKind::Ipip => "IPIP",
         EncapKind::Vxlan => "VXLAN",
@@ -146,6 +146,17 @@ fn write_path(path: &Path, out: &mut dyn Write) -> Result<()> {
             .map(|kind| format!("   {}", encap(kind)))
             .unwrap_or_default()
     )?;
+    for line in hop_lines(path) {
+        writeln!(out, "{line}")?;
+    }
+    match ending(path) {
+        Some(ending) => writeln!(out, "    {ending}"),
+        None => Ok(()),
+    }
+}
+
+/// The lines of a traceroute, with the place of each.
+pub(super) fn hop_lines(path: &Path) -> Vec<String> {
     let texts: Vec<String> = path
         .hops
         .iter()
@@ -155,25 +166,26 @@ fn write_path(path: &Path, out: &mut dyn Write) -> Result<()> {
         })
         .collect();
     let width = texts.iter().map(String::len).max().unwrap_or_default();
-    for (hop, address) in path.hops.iter().zip(&texts) {
-        let place = hop
-            .pod
-            .as_ref()
-            .or(hop.node.as_ref())
-            .map_or_else(String::new, Clone::clone);
+    let line = |(hop, address): (&Step, &String)| {
+        let place = hop.pod.as_ref().or(hop.node.as_ref()).map_or("", String::as_str);
         let inferred = if hop.certainty == Certainty::Inferred {
             "  (inferred)"
         } else {
             ""
         };
         let line = format!("{:2}  {address:width$}  {place}{inferred}", hop.ttl);
-        writeln!(out, "{}", line.trim_end())?;
-    }
+        line.trim_end().to_owned()
+    };
+    path.hops.iter().zip(&texts).map(line).collect()
+}
+
+/// How a path ends that does not lead to its receiver.
+pub(super) fn ending(path: &Path) -> Option<String> {
     match path.outcome {
-        Outcome::Delivered | Outcome::Left => Ok(()),
-        Outcome::Blackhole => writeln!(out, "    ends in a blackhole: no pod has this address"),
-        Outcome::Unreachable => writeln!(out, "    ends here: no route to {}", path.to.address),
-        Outcome::Loop => writeln!(out, "    never ends: the nodes' routes form a loop"),
+        Outcome::Delivered | Outcome::Left => None,
+        Outcome::Blackhole => Some("ends in a blackhole: no pod has this address".to_owned()),
+        Outcome::Unreachable => Some(format!("ends here: no route to {}", path.to.address)),
+        Outcome::Loop => Some("never ends: the nodes' routes form a loop".to_owned()),
     }
 }
 

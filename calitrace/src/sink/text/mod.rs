@@ -6,6 +6,7 @@
 mod render;
 mod screen;
 mod sentence;
+mod sizes;
 #[cfg(test)]
 mod tests;
 
@@ -29,6 +30,7 @@ use crate::{
 pub(super) struct Text<W> {
     output: W,
     colours: bool,
+    sizes: bool,
     views: Views,
     due: Vec<Block>,
     begun: bool,
@@ -37,10 +39,11 @@ pub(super) struct Text<W> {
 }
 
 impl<W: Write> Text<W> {
-    pub(super) fn new(output: W, colours: bool) -> Self {
+    pub(super) fn new(output: W, colours: bool, sizes: bool) -> Self {
         Self {
             output,
             colours,
+            sizes,
             views: Views::default(),
             due: Vec::new(),
             begun: false,
@@ -62,7 +65,7 @@ impl<W: Write> Text<W> {
             if std::mem::replace(&mut self.begun, true) {
                 self.output.write_all(b"\n")?;
             }
-            self.write(&render::block(&block))?;
+            self.write(&render::block(&block, self.sizes))?;
         }
         Ok(())
     }
@@ -103,6 +106,7 @@ impl<W: Write + Send> Sink for Text<W> {
 #[derive(Debug)]
 pub(super) struct Live<W> {
     screen: screen::Screen<W>,
+    sizes: bool,
     views: Views,
     due: Vec<Block>,
     losses: Vec<Row>,
@@ -114,8 +118,9 @@ pub(super) struct Live<W> {
 const REDRAW: u64 = 250_000_000;
 
 impl<W: Write> Live<W> {
-    pub(super) fn new(output: W, terminal: Terminal) -> Self {
+    pub(super) fn new(output: W, terminal: Terminal, sizes: bool) -> Self {
         Self {
+            sizes,
             screen: screen::Screen::new(output, terminal),
             views: Views::default(),
             due: Vec::new(),
@@ -129,10 +134,10 @@ impl<W: Write> Live<W> {
         let runs = self
             .due
             .extract_if(.., |block| block.kind == crate::view::Kind::ProbeRun);
-        let above: Vec<Vec<Row>> = runs.map(|block| render::block(&block)).collect();
+        let above: Vec<Vec<Row>> = runs.map(|block| render::block(&block, self.sizes)).collect();
         self.due.clear();
         let (flows, all) = self.views.latest(self.screen.rows());
-        let blocks = flows.iter().map(render::block);
+        let blocks = flows.iter().map(|block| render::block(block, self.sizes));
         self.screen.draw(&above, blocks, all, &self.losses)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use super::{super::traceroute, sentence};
+use super::{super::traceroute, sentence, sizes};
 use crate::{
     correlate::{Certainty, Joint, NatKind, NatStep, PacketTrace, Segment},
     event::{EncapKind, Ledger, Transport, has_ports, protocol_name},
@@ -74,8 +74,10 @@ impl Row {
 
 const INDENT: &str = "      ";
 
-/// All rows of a block.
-pub(super) fn block(block: &Block) -> Vec<Row> {
+/// All rows of a block, with the sizes of its latest packet if they are asked for or explain its end.
+pub(super) fn block(block: &Block, with_sizes: bool) -> Vec<Row> {
+    let with_sizes = with_sizes || sizes::explain(&block.latest);
+    let mut sized: Vec<&str> = Vec::new();
     let mut rows = vec![
         row(Look::Title, title(block)),
         row(Look::Plain, traceroute::header(block)),
@@ -85,6 +87,15 @@ pub(super) fn block(block: &Block) -> Vec<Row> {
         let reason = line.reason.as_ref();
         rows.extend(reason.map(|reason| row(Look::Faint, format!("{INDENT}no answer: {reason}"))));
         rows.extend(way(line).map(|text| row(Look::Faint, text)));
+        if let Some(node) = line.node.as_deref()
+            && with_sizes
+            && !line.way.is_empty()
+            && !sized.contains(&node)
+        {
+            sized.push(node);
+            let text = sizes::at(&block.latest, node);
+            rows.extend(text.map(|text| row(Look::Faint, format!("{INDENT}bytes and MTU: {text}"))));
+        }
         let nat = block
             .latest
             .nat
@@ -94,6 +105,7 @@ pub(super) fn block(block: &Block) -> Vec<Row> {
             nat.filter(|_| !line.way.is_empty())
                 .map(|step| row(Look::Faint, translation(step))),
         );
+        rows.extend(logged(&block.latest, line).map(|text| row(Look::Faint, text)));
     }
     if block.latest.certainty == Joint::Order {
         let text = "packets with the same content: which is which, their order decided";
@@ -317,6 +329,18 @@ fn steps(steps: &[Step]) -> String {
         })
         .collect();
     words.concat()
+}
+
+/// What policies said of the packet on the line's node, where they log. By which it was dropped is said at the end.
+fn logged<'a>(packet: &'a PacketTrace, line: &'a Line) -> impl Iterator<Item = String> + 'a {
+    let on_node = packet
+        .observations
+        .iter()
+        .filter(|seen| seen.node.is_some() && seen.node == line.node && !line.way.is_empty());
+    let said =
+        on_node.filter_map(|seen| Some((seen.logged.as_ref()?.logged.as_ref()?, seen.detail.as_ref()?)));
+    said.filter(|(logged, _)| packet.drop.is_none() || !logged.drops())
+        .map(|(_, detail)| format!("{INDENT}{detail}"))
 }
 
 fn translation(step: &NatStep) -> String {

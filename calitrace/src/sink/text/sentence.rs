@@ -13,7 +13,7 @@ pub(super) fn end(block: &Block) -> Option<Row> {
     let packet = &*block.latest;
     let run = block.kind == Kind::ProbeRun;
     match packet.verdict {
-        Verdict::Dropped => Some(row(Look::Alarm, dropped(packet.drop.as_ref()))),
+        Verdict::Dropped => Some(row(Look::Alarm, dropped(packet))),
         Verdict::Lost => Some(row(Look::Alarm, lost(packet))),
         // The normal end of a probe run: the receiver's closed port, or one router less than there are.
         Verdict::Rejected
@@ -67,10 +67,15 @@ fn handed_on(bypass: &Bypass) -> String {
     )
 }
 
-fn dropped(report: Option<&DropReport>) -> String {
-    let Some(report) = report else {
-        return "✗ dropped".into();
-    };
+fn dropped(packet: &PacketTrace) -> String {
+    match &packet.drop {
+        Some(report) => format!("✗ dropped{}", place_and_reason(packet, report)),
+        None => "✗ dropped".into(),
+    }
+}
+
+/// ` on node a at eth0: why`, of the packet or of the answer to it.
+fn place_and_reason(packet: &PacketTrace, report: &DropReport) -> String {
     let part = |word: &str, value: &Option<Name>| value.as_ref().map(|value| format!(" {word} {value}"));
     let ahead = report
         .before
@@ -82,7 +87,13 @@ fn dropped(report: Option<&DropReport>) -> String {
         ahead.map(|next| format!(", before {next}")),
     ];
     let place = parts.into_iter().flatten().collect::<Vec<_>>().concat();
-    let meaning = meaning(report);
+    let meaning = match report.mtu {
+        Some(mtu) => Some(format!(
+            "{}, and nobody was seen telling the sender: a path MTU black hole",
+            size(packet, mtu)
+        )),
+        None => meaning(report),
+    };
     let reason = match (report.reason.as_deref(), &report.location) {
         (Some(reason), Some(location)) => Some(format!("{reason} at {location}")),
         (None, Some(location)) => Some(format!("at {location}")),
@@ -95,7 +106,7 @@ fn dropped(report: Option<&DropReport>) -> String {
         .filter(|part| !part.is_empty())
         .collect::<Vec<_>>();
     let colon = if why.is_empty() { "" } else { ": " };
-    format!("✗ dropped{place}{colon}{}", why.join(" · "))
+    format!("{place}{colon}{}", why.join(" · "))
 }
 
 /// The rule that did it, or those that may have.
@@ -171,7 +182,33 @@ fn rejected(packet: &PacketTrace) -> String {
         (_, Some((icmp_type, code))) => unreachable(icmp_type, code),
         _ => "ICMP unreachable".to_owned(),
     };
-    format!("✗ rejected by {}: {how}", answer.address)
+    format!(
+        "✗ rejected by {}: {how}{}",
+        answer.address,
+        unheard(packet, answer, "")
+    )
+}
+
+/// What became of an answer that the sender never got, and what that makes of it.
+fn unheard(packet: &PacketTrace, answer: &Answer, consequence: &str) -> String {
+    answer.dropped.as_ref().map_or_else(String::new, |report| {
+        let end = place_and_reason(packet, report);
+        format!(", but that was dropped{end}{consequence}")
+    })
+}
+
+/// By how much it is too large. Of a super-packet each segment may be.
+fn size(packet: &PacketTrace, mtu: u32) -> String {
+    let fixed = if packet.packet.dont_fragment {
+        " with DF"
+    } else {
+        ""
+    };
+    let segments = match packet.packet.gso_segs {
+        0 | 1 => String::new(),
+        segments => format!(" in {segments} segments"),
+    };
+    format!("{} bytes{segments}{fixed} exceed the MTU of {mtu}", packet.length)
 }
 
 /// Where the device stands that it does not fit, if that is seen, and who was told.
@@ -182,18 +219,14 @@ fn too_large(packet: &PacketTrace, answer: &Answer, mtu: u32) -> String {
         Some((Some(node), None)) => format!("on node {node}"),
         _ => format!("by {}", answer.address),
     };
-    let fixed = if packet.packet.dont_fragment {
-        " with DF"
-    } else {
-        ""
-    };
     let (icmp_type, code) = answer.icmp.unwrap_or_default();
     format!(
-        "✗ rejected {place}: {} bytes{fixed} exceed the MTU of {mtu}; {} sent {} to {}",
-        packet.length,
+        "✗ rejected {place}: {}; {} sent {} to {}{}",
+        size(packet, mtu),
         answer.address,
         unreachable(icmp_type, code),
-        packet.flow.flow.src
+        packet.flow.flow.src,
+        unheard(packet, answer, ": a path MTU black hole")
     )
 }
 
@@ -239,7 +272,7 @@ fn unreachable(icmp_type: u8, code: u8) -> String {
 
 fn expired(packet: &PacketTrace) -> String {
     let place = packet.hops.last();
-    match (
+    let end = match (
         place.and_then(|hop| hop.node.as_deref()),
         place.and_then(|hop| hop.address),
     ) {
@@ -247,6 +280,15 @@ fn expired(packet: &PacketTrace) -> String {
         (Some(node), None) => format!("✗ expired on node {node}: the TTL ran out"),
         (None, Some(address)) => format!("✗ expired at {address}: the TTL ran out"),
         (None, None) => "✗ expired: the TTL ran out".into(),
+    };
+    let told = packet.answer.as_ref().filter(|answer| answer.dropped.is_some());
+    match told {
+        Some(answer) => format!(
+            "{end}; {} sent ICMP time exceeded{}",
+            answer.address,
+            unheard(packet, answer, "")
+        ),
+        None => end,
     }
 }
 

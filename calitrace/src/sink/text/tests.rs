@@ -41,7 +41,7 @@ impl Shared {
 
 fn printed(traces: impl IntoIterator<Item = PacketTrace>) -> String {
     let output = Shared::default();
-    let mut sink = Text::new(output.clone(), false);
+    let mut sink = Text::new(output.clone(), false, false);
     for trace in traces {
         sink.trace(&Arc::new(trace)).unwrap();
     }
@@ -129,6 +129,7 @@ fn a_packet_that_is_too_large_ends_with_where_and_who_told() {
         rtt_ns: None,
         icmp: Some((3, 4)),
         mtu: Some(1480),
+        dropped: None,
     });
     insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube before tunl0: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
     trace.drop = None;
@@ -157,6 +158,24 @@ fn a_dropped_packet_ends_with_where_and_why() {
           minikube: cali8d02ed71817
     ✗ dropped on node minikube at cali8d02ed71817, before tunl0: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain
     "#);
+}
+
+#[test]
+fn policies_that_log_are_named_where_they_allow() {
+    let allowed = sample::logged(sample::ping(0, 1), "API0|np/default/allow-frontend");
+    insta::assert_snapshot!(printed([allowed]), @r#"
+    default/busybox-f5945bfb5-mw26t → default/busybox-f5945bfb5-mwgr6   ICMP echo   1 packet, 0 lost   round trip 0.031 ms
+    traceroute to 10.244.205.193 (10.244.205.193), 3 hops max, 84 byte packets
+     1  10.244.120.64 (10.244.120.64)  0.005 ms
+          minikube: cali8d02ed71817 → tunl0 IPIP 192.168.49.2 → 192.168.49.3 → eth0
+     2  10.244.205.192 (10.244.205.192)  0.008 ms
+          minikube-m02: eth0 → tunl0 → cali79f33e4263e
+          policy default/allow-frontend (ingress), rule 0 allows
+     3  10.244.205.193 (10.244.205.193)  0.008 ms
+    "#);
+    // By what it was dropped is said at the end.
+    let denied = printed([sample::logged(sample::denied(0), "DPE0|np/default/deny-all")]);
+    assert_eq!(denied, printed([sample::denied(0)]));
 }
 
 fn segment(payload: u32) -> Transport {
@@ -298,7 +317,7 @@ fn losses_are_told_when_they_grow() {
         ..LedgerRow::default()
     };
     let output = Shared::default();
-    let mut sink = Text::new(output.clone(), false);
+    let mut sink = Text::new(output.clone(), false, false);
     for refused in [0, 10, 10, 15] {
         sink.ledger(&Ledger {
             time: 0,
@@ -327,6 +346,7 @@ fn drawn(
             redraw: true,
             size,
         },
+        false,
     );
     for trace in traces {
         sink.trace(&Arc::new(trace)).unwrap();
@@ -368,6 +388,7 @@ fn a_frame_replaces_the_one_before_it() {
             redraw: true,
             size: || Some((100, 30)),
         },
+        false,
     );
     for trace in three_pings() {
         sink.trace(&Arc::new(trace)).unwrap();

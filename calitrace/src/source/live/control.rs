@@ -8,13 +8,13 @@ use std::{
     os::fd::AsFd as _,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
         mpsc::{Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
+use ipnet::IpNet;
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::eventfd::EventFd,
@@ -26,7 +26,7 @@ use super::{
     attach::{Site, changes},
     clock,
     repair::Watched,
-    rules::{Reader, Wanted},
+    rules::{self, Reader, Wanted},
 };
 use crate::{
     calico::{self, NodeView, facts_changed, facts_gone},
@@ -45,6 +45,8 @@ const SETTLE: Duration = Duration::from_millis(20);
 
 /// Functions of modules that were not loaded are tried again this often.
 const AGAIN: Duration = Duration::from_secs(5);
+/// Rules are read again this often at least: what leads to pods may have changed, and nothing was dropped.
+const RULES: Duration = Duration::from_secs(30);
 /// How long the rules of the nodes found at start are waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long drops are still observed after the last interface is not.
@@ -90,8 +92,6 @@ impl News {
 pub(super) struct Signals {
     /// Stop.
     pub(super) stop: Arc<EventFd>,
-    /// Netfilter dropped something: its rules are wanted as they are now.
-    pub(super) rules_asked: Arc<AtomicBool>,
 }
 
 /// Settings of the control thread.
@@ -121,6 +121,10 @@ pub(super) struct Control {
     looked: (BTreeSet<Netns>, Instant),
     /// When the functions that are missing were last tried.
     tried: Instant,
+    /// Addresses that lead to pods, by the rules.
+    translated: BTreeSet<IpNet>,
+    /// When the rules were asked for without a drop.
+    rules_asked: Instant,
     /// Said once each: a namespace may vanish while it is looked at, a kernel may refuse every interface alike.
     warned: BTreeSet<String>,
 }
@@ -132,12 +136,13 @@ impl Control {
         settings: Settings,
         views: Vec<NodeView>,
         messages: UnboundedSender<Message>,
+        rules: Reader,
         signals: Signals,
-    ) -> Result<Self> {
-        Ok(Self {
+    ) -> Self {
+        Self {
             kernel,
             settings,
-            rules: Reader::start(messages.clone())?,
+            rules,
             rules_read: None,
             messages,
             signals,
@@ -147,8 +152,10 @@ impl Control {
             watched: FxHashMap::default(),
             looked: (BTreeSet::new(), Instant::now()),
             tried: Instant::now(),
+            translated: BTreeSet::new(),
+            rules_asked: Instant::now(),
             warned: BTreeSet::new(),
-        })
+        }
     }
 
     /// Attaches, watches and repairs until stopped; then detaches everything and gives the programs back, so that the
@@ -185,6 +192,7 @@ impl Control {
         {
             log::warn!("policies that drop are not named yet: reading netfilter's rules takes long");
         }
+        self.take_translated()?;
         self.send(Message::Ready(self.summary()));
         let mut round = Instant::now();
         while !self.wait(ROUND.saturating_sub(round.elapsed()))? {
@@ -224,14 +232,26 @@ impl Control {
             let unnamed: BTreeSet<Netns> = unnamed.map(NodeView::netns).collect();
             self.look_again(&unnamed)?;
         }
-        if self.signals.rules_asked.swap(false, Ordering::Relaxed) {
-            self.rules_read = Some(self.rules.read(self.views.iter().map(wanted).collect()));
+        self.take_translated()?;
+        if self.rules_asked.elapsed() >= RULES {
+            self.rules_asked = Instant::now();
+            self.rules.asker().ask(rules::ALL);
         }
         if self.tried.elapsed() >= AGAIN {
             self.tried = Instant::now();
             self.attach_functions()?;
         }
         self.attach()
+    }
+
+    /// Addresses that lead to pods, by the rules that were read meanwhile.
+    fn take_translated(&mut self) -> Result<()> {
+        let translated = self.rules.translated();
+        if translated == self.translated {
+            return Ok(());
+        }
+        self.translated = translated;
+        self.adopt(self.views.clone())
     }
 
     /// Looks again at the nodes that said they changed.
@@ -267,8 +287,9 @@ impl Control {
     }
 
     /// Makes `found` the known nodes, and says what is new.
-    fn adopt(&mut self, found: Vec<NodeView>) -> Result<()> {
+    fn adopt(&mut self, mut found: Vec<NodeView>) -> Result<()> {
         let time = clock::monotonic();
+        calico::add_services(&mut found, &self.translated);
         for gone in self
             .views
             .iter()
@@ -281,9 +302,8 @@ impl Control {
             self.send(Message::Gone(gone.netns()));
         }
         let is_new = |view: &&NodeView| !self.monitors.contains_key(&view.netns());
-        let new: Vec<Wanted> = found.iter().filter(is_new).map(wanted).collect();
-        if !new.is_empty() {
-            self.rules_read = Some(self.rules.read(new));
+        if found.len() != self.monitors.len() || found.iter().any(|view| is_new(&view)) {
+            self.rules_read = Some(self.rules.adopt(found.iter().map(wanted).collect()));
         }
         let mut unwatched = Vec::new();
         for view in &found {

@@ -12,15 +12,9 @@ mod ledger;
 mod pending;
 mod repair;
 mod rules;
+mod told;
 
-use std::{
-    ops::ControlFlow,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{ops::ControlFlow, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, anyhow};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -31,6 +25,7 @@ use self::{
     enrich::HopAddresses,
     ledger::Books,
     pending::Pending,
+    rules::{Asker, Reader},
 };
 use crate::{
     calico::{self, NodeView},
@@ -117,12 +112,12 @@ impl Live {
             discovery: self.options.discovery,
             first: self.options.first,
         };
-        let rules_asked = Arc::new(AtomicBool::new(false));
         let signals = Signals {
             stop: Arc::clone(&halt),
-            rules_asked: Arc::clone(&rules_asked),
         };
-        let control = Control::new(self.kernel, settings, self.views, sender, signals)?;
+        let rules = Reader::start(sender.clone())?;
+        let asker = rules.asker().clone();
+        let control = Control::new(self.kernel, settings, self.views, sender, rules, signals);
         let control = std::thread::Builder::new()
             .name("control".to_owned())
             .spawn(move || control.run())
@@ -135,7 +130,7 @@ impl Live {
             messages,
             batches,
             pending: Pending::default(),
-            rules_asked,
+            rules: asker,
             names,
             dropped: drain.dropped(),
         };
@@ -162,8 +157,8 @@ struct Stream {
     messages: UnboundedReceiver<Message>,
     batches: Receiver<Batch>,
     pending: Pending,
-    /// Set when netfilter dropped something, so that the control thread has its rules read again.
-    rules_asked: Arc<AtomicBool>,
+    /// Told when netfilter dropped something.
+    rules: Asker,
     names: Names,
     dropped: Arc<Dropped>,
 }
@@ -257,7 +252,7 @@ impl Stream {
                         continue;
                     }
                     if observation.drop.as_ref().is_some_and(event::Drop::is_netfilter) {
-                        self.rules_asked.store(true, Ordering::Relaxed);
+                        self.rules.ask(observation.netns);
                     }
                     if let Some(fact) = self.hops.before(&observation) {
                         flow = either(flow, take(Item::Fact(fact))?);

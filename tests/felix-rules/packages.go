@@ -1,0 +1,140 @@
+package main
+
+import (
+	"net"
+
+	"github.com/projectcalico/calico/felix/config"
+	"github.com/projectcalico/calico/felix/ipsets"
+	"github.com/projectcalico/calico/felix/iptables"
+	"github.com/projectcalico/calico/felix/proto"
+	"github.com/projectcalico/calico/felix/rules"
+)
+
+// Mark bits as Felix takes them from its default mask 0xffff0000 (`felix/dataplane/driver.go` of v3.28).
+var defaults = rules.Config{
+	IPSetConfigV4: ipsets.NewIPVersionConfig(ipsets.IPFamilyV4, rules.IPSetNamePrefix, rules.AllHistoricIPSetNamePrefixes, rules.LegacyV4IPSetNames),
+	IPSetConfigV6: ipsets.NewIPVersionConfig(ipsets.IPFamilyV6, rules.IPSetNamePrefix, rules.AllHistoricIPSetNamePrefixes, nil),
+
+	WorkloadIfacePrefixes: []string{"cali"},
+
+	IptablesMarkAccept:   0x1_0000,
+	IptablesMarkPass:     0x2_0000,
+	IptablesMarkScratch0: 0x4_0000,
+	IptablesMarkScratch1: 0x8_0000,
+	IptablesMarkEndpoint: 0xfff0_0000,
+
+	IPIPEnabled:       true,
+	IPIPTunnelAddress: net.IPv4(10, 244, 120, 64),
+	VXLANEnabled:      true,
+	VXLANPort:         4789,
+	VXLANVNI:          4096,
+	// Felix' static chains name them whether WireGuard is on or not.
+	WireguardInterfaceName:   "wireguard.cali",
+	WireguardInterfaceNameV6: "wg-v6.cali",
+
+	VXLANTunnelAddress: net.IPv4(10, 244, 120, 65),
+
+	IptablesLogPrefix:         "calico-packet",
+	EndpointToHostAction:      "DROP",
+	IptablesFilterAllowAction: "ACCEPT",
+	IptablesMangleAllowAction: "ACCEPT",
+	IptablesFilterDenyAction:  "DROP",
+	ServiceLoopPrevention:     "Drop",
+
+	FailsafeInboundHostPorts:  failsafe("tcp:22", "udp:68", "tcp:179", "tcp:2379", "tcp:2380", "tcp:5473", "tcp:6443", "tcp:6666", "tcp:6667"),
+	FailsafeOutboundHostPorts: failsafe("udp:53", "udp:67", "tcp:179", "tcp:2379", "tcp:2380", "tcp:5473", "tcp:6443", "tcp:6666", "tcp:6667"),
+}
+
+// failsafe reads ports as Felix' configuration writes them.
+func failsafe(ports ...string) (parsed []config.ProtoPort) {
+	parameter := config.PortListParam{Metadata: config.Metadata{Name: "FailsafePorts"}}
+	for _, port := range ports {
+		value, err := parameter.Parse(port)
+		if err != nil {
+			panic(err)
+		}
+		parsed = append(parsed, value.([]config.ProtoPort)...)
+	}
+	return parsed
+}
+
+// rendered is what Calico's own packages make of the scenario: the chains of each table, and the rules that Felix puts into
+// the chains of the kernel (`setUpIptablesNormal`, `felix/dataplane/linux/int_dataplane.go`).
+func rendered() []table {
+	renderer := rules.NewRenderer(defaults)
+	filter := renderer.StaticFilterTableChains(4)
+	workloads := map[proto.WorkloadEndpointID]*proto.WorkloadEndpoint{}
+	groups := map[string]bool{}
+	for _, of := range endpoints {
+		id := proto.WorkloadEndpointID{OrchestratorId: "k8s", WorkloadId: "default/" + of.iface, EndpointId: "eth0"}
+		workloads[id] = &proto.WorkloadEndpoint{Name: of.iface}
+		var ingress, egress []*rules.PolicyGroup
+		// It has the default tier only: policies of others stand before those of that.
+		for _, in := range of.tiers {
+			ingress = append(ingress, policyGroups(in.ingress, rules.PolicyDirectionInbound)...)
+			egress = append(egress, policyGroups(in.egress, rules.PolicyDirectionOutbound)...)
+		}
+		filter = append(filter, renderer.WorkloadEndpointToIptablesChains(of.iface, nil, !of.down, ingress, egress, of.profiles)...)
+		for _, group := range append(ingress, egress...) {
+			if !group.ShouldBeInlined() && !groups[group.ChainName()] {
+				groups[group.ChainName()] = true
+				filter = append(filter, renderer.PolicyGroupToIptablesChains(group)...)
+			}
+		}
+	}
+	for _, of := range policies {
+		id := proto.PolicyID{Tier: "default", Name: of.tiered()}
+		filter = append(filter, renderer.PolicyToIptablesChains(&id, &proto.Policy{InboundRules: of.inbound, OutboundRules: of.outbound}, 4)...)
+	}
+	for _, of := range profiles {
+		inbound, outbound := renderer.ProfileToIptablesChains(&proto.ProfileID{Name: of.name}, &proto.Profile{InboundRules: of.inbound, OutboundRules: of.outbound}, 4)
+		filter = append(filter, inbound, outbound)
+	}
+	filter = append(filter, renderer.WorkloadDispatchChains(workloads)...)
+	filter = append(filter, renderer.HostDispatchChains(map[string]proto.HostEndpointID{hostEndpoint: {EndpointId: hostEndpoint}}, "", true)...)
+	onHost := policyGroups(alone(first), rules.PolicyDirectionInbound)
+	filter = append(filter, renderer.HostEndpointToFilterChains(hostEndpoint, nil, onHost, nil, onHost, nil, nil)...)
+	filter = append(filter, renderer.BlockedCIDRsToIptablesChains([]string{serviceAddresses}, 4)...)
+
+	nat := renderer.StaticNATTableChains(4)
+	nat = append(nat, renderer.NATOutgoingChain(true, 4))
+	nat = append(nat, renderer.DNATsToIptablesChains(nil)...)
+	nat = append(nat, renderer.SNATsToIptablesChains(nil)...)
+	mangle := append(renderer.StaticMangleTableChains(4), renderer.FromHostDispatchChains(nil, "")...)
+	mangle = append(mangle, renderer.ToHostDispatchChains(nil, "")...)
+	raw := append(renderer.StaticRawTableChains(4), renderer.HostDispatchChains(nil, "", false)...)
+	raw = append(raw, &iptables.Chain{Name: rules.ChainRpfSkip})
+
+	return []table{
+		{name: "raw", chains: raw, insert: jumps(map[string]string{"PREROUTING": rules.ChainRawPrerouting, "OUTPUT": rules.ChainRawOutput})},
+		{name: "mangle", chains: mangle, insert: jumps(map[string]string{"PREROUTING": rules.ChainManglePrerouting, "POSTROUTING": rules.ChainManglePostrouting})},
+		{name: "nat", chains: nat, insert: jumps(map[string]string{"PREROUTING": rules.ChainNATPrerouting, "OUTPUT": rules.ChainNATOutput, "POSTROUTING": rules.ChainNATPostrouting})},
+		{
+			name: "filter", chains: filter,
+			insert: jumps(map[string]string{"INPUT": rules.ChainFilterInput, "FORWARD": rules.ChainFilterForward, "OUTPUT": rules.ChainFilterOutput}),
+			then:   map[string][]iptables.Rule{"FORWARD": renderer.StaticFilterForwardAppendRules()},
+		},
+	}
+}
+
+// A host endpoint, with a policy for what comes from it, to the node and forwarded. Only what Calico's packages render has it.
+const hostEndpoint = "eth9"
+
+func policyGroups(groups []group, direction rules.PolicyDirection) (of []*rules.PolicyGroup) {
+	for _, group := range groups {
+		made := &rules.PolicyGroup{Tier: "default", Direction: direction, Selector: group.selector}
+		for _, policy := range group.policies {
+			made.PolicyNames = append(made.PolicyNames, policy.tiered())
+		}
+		of = append(of, made)
+	}
+	return of
+}
+
+func jumps(to map[string]string) map[string][]iptables.Rule {
+	rules := map[string][]iptables.Rule{}
+	for chain, target := range to {
+		rules[chain] = []iptables.Rule{{Action: iptables.JumpAction{Target: target}}}
+	}
+	return rules
+}
