@@ -20,6 +20,7 @@ use calitrace_ebpf::{
 
 use super::{
     hooks::{self, Attach, BODY, ENTER, Function, Row},
+    interrupted::retried,
     load::{Kernel, Probes},
     permission::program_io_error,
 };
@@ -245,13 +246,13 @@ fn trampoline(ebpf: &mut Ebpf, program: &str, symbol: &str, btf: &aya::Btf) -> R
     {
         Program::FEntry(entry) => {
             if entry.fd().is_err() {
-                FEntry::load(entry, symbol, btf)?;
+                retried(|| FEntry::load(entry, symbol, btf))?;
             }
             entry.attach()?;
         }
         Program::FExit(exit) => {
             if exit.fd().is_err() {
-                FExit::load(exit, symbol, btf)?;
+                retried(|| FExit::load(exit, symbol, btf))?;
             }
             exit.attach()?;
         }
@@ -297,7 +298,7 @@ fn kprobe<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut KProbe> {
         .try_into()
         .with_context(|| format!("program {name}"))?;
     if program.fd().is_err() {
-        program.load()?;
+        retried(|| program.load())?;
     }
     Ok(program)
 }

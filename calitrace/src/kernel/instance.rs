@@ -16,7 +16,7 @@ use calitrace_ebpf::{
 };
 use ipnet::IpNet;
 
-use super::{load::Config, logs::Logs, permission};
+use super::{interrupted::retried, load::Config, logs::Logs, permission};
 use crate::{event::Netns, kernel::hooks};
 
 /// The object with the programs.
@@ -97,7 +97,7 @@ impl Instance {
             .try_into()
             .with_context(|| format!("program {name}"))?;
         if program.fd().is_err() {
-            program.load().map_err(|error| {
+            retried(|| program.load()).map_err(|error| {
                 permission::explain(
                     EbpfError::ProgramError(error),
                     &format!("load the program {name}"),
@@ -125,9 +125,7 @@ impl Instance {
         let explain =
             |error, operation: String| permission::explain(EbpfError::ProgramError(error), &operation);
         if program.fd().is_err() {
-            program
-                .load()
-                .map_err(|error| explain(error, format!("load the program {name}")))?;
+            retried(|| program.load()).map_err(|error| explain(error, format!("load the program {name}")))?;
         }
         program
             .attach(tracepoint)

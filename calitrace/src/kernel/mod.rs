@@ -10,6 +10,7 @@ mod counters;
 mod functions;
 pub mod hooks;
 mod instance;
+mod interrupted;
 pub mod leftovers;
 mod load;
 mod logs;
