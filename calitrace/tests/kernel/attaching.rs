@@ -12,7 +12,7 @@ use std::{
 use aya::programs::{SchedClassifier, TcAttachType, loaded_programs};
 use calitrace::{
     event::Hook,
-    kernel::{Attached, AttachmentCheck, Config, Count, Kernel},
+    kernel::{Attached, AttachmentCheck, Config, Count, Kernel, has_kprobes},
 };
 use nix::{
     sched::{CpuSet, sched_setaffinity},
@@ -428,5 +428,36 @@ pub(crate) fn nothing_is_left_after_a_kill() {
     while loaded(id) {
         assert!(Instant::now() < deadline, "program {id} is still loaded");
         thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Which hooks are missing, and why.
+fn missing(mut kernel: Kernel) -> Vec<(String, String)> {
+    let hooks = kernel.try_hooks().unwrap();
+    hooks
+        .into_iter()
+        .filter_map(|hook| Some((hook.hook, hook.missing?)))
+        .collect()
+}
+
+pub(crate) fn programs_load_while_children_end() {
+    // Each interrupts the verifier once at most, and one program alone is tried more often.
+    const CHILDREN: usize = 10;
+    // Where functions are hooked as well there is more to interrupt, so fewer rounds show it.
+    let rounds = if has_kprobes() { 5 } else { 20 };
+    let loaded = || Kernel::load(&Config::default()).unwrap();
+    let quiet = missing(loaded());
+    for round in 0..rounds {
+        let kernel = loaded();
+        let beside = thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..CHILDREN {
+                    // A child that cannot become the program ends while its parent's thread blocks all signals.
+                    Command::new("/nonexistent/program").spawn().unwrap_err();
+                }
+            });
+            missing(kernel)
+        });
+        assert_eq!(beside, quiet, "round {round}");
     }
 }

@@ -34,6 +34,7 @@ const TESTS: &[Test] = &[
     test!(attaching::another_program_in_front_is_noticed).needs(&[Need::Tcx]),
     test!(attaching::without_btf_only_tc_observes_and_namespaces_are_told_apart),
     test!(attaching::programs_load_with_their_log_messages_too),
+    test!(attaching::programs_load_while_children_end),
     test!(attaching::a_ring_of_no_legal_size_is_refused),
     test!(attaching::nothing_is_left_after_a_kill).needs(&[Need::Tcx]),
     test!(bench::a_flood_is_recorded_to_the_last_datagram),
