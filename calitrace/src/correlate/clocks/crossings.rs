@@ -29,8 +29,22 @@ pub(super) struct Noted {
     pub(super) time: u64,
     /// At the uplinks.
     pub(super) uplink: bool,
+    /// Its TTL then.
+    pub(super) ttl: u8,
     /// Nothing else had the same content.
     pub(super) sole: bool,
+}
+
+impl Noted {
+    /// The same content once more. With a lower TTL later it is the same packet, which came round again: a route leads in a
+    /// circle.
+    fn again(&mut self, time: u64, ttl: u8) {
+        let mut passes = [(self.time, self.ttl), (time, ttl)];
+        passes.sort_unstable();
+        let [first, then] = passes;
+        self.sole &= first.0 < then.0 && first.1 > then.1;
+        (self.time, self.ttl) = first;
+    }
 }
 
 impl Crossings {
@@ -45,14 +59,16 @@ impl Crossings {
         let packet = &observation.packet;
         let whole = (key::crossing(uplink, packet), true);
         let end = key::crossing_end(uplink, packet).map(|key| (key, false));
-        let time = observation.time;
+        let (time, ttl) = (observation.time, packet.ttl);
         for (key, sole) in [Some(whole), end].into_iter().flatten() {
             if key.leading_zeros() >= self.level {
-                let noted = packets.entry(key).and_modify(|noted| {
-                    noted.time = noted.time.min(time);
-                    noted.sole = false;
+                let noted = packets.entry(key).and_modify(|noted| noted.again(time, ttl));
+                noted.or_insert(Noted {
+                    time,
+                    uplink,
+                    ttl,
+                    sole,
                 });
-                noted.or_insert(Noted { time, uplink, sole });
             }
         }
         while self.left.len().max(self.came.len()) > KEPT {
@@ -60,6 +76,49 @@ impl Crossings {
             for packets in [&mut self.left, &mut self.came] {
                 packets.retain(|key, _| key.leading_zeros() >= self.level);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn passes(passes: [(u64, u8); 3]) -> Noted {
+        let [(time, ttl), others @ ..] = passes;
+        let mut noted = Noted {
+            time,
+            uplink: true,
+            ttl,
+            sole: true,
+        };
+        for (time, ttl) in others {
+            noted.again(time, ttl);
+        }
+        noted
+    }
+
+    #[test]
+    fn a_packet_that_comes_round_again_is_the_same_in_any_order_of_records() {
+        for order in [
+            [(1, 9), (2, 7), (3, 5)],
+            [(2, 7), (3, 5), (1, 9)],
+            [(3, 5), (1, 9), (2, 7)],
+        ] {
+            let noted = passes(order);
+            assert_eq!((noted.time, noted.ttl, noted.sole), (1, 9, true), "{order:?}");
+        }
+    }
+
+    #[test]
+    fn packets_alike_whose_ttl_does_not_fall_are_several() {
+        for order in [
+            [(1, 9), (2, 7), (3, 9)],
+            [(2, 7), (1, 5), (3, 4)],
+            [(1, 9), (1, 8), (2, 7)],
+        ] {
+            let noted = passes(order);
+            assert_eq!((noted.time, noted.sole), (1, false), "{order:?}");
         }
     }
 }

@@ -5,7 +5,8 @@
 //! middle is the estimate (NTP's on-wire protocol, RFC 5905 8, with packets that are there anyway). Pure, as the rest.
 //!
 //! Of packets with the same content, and of merged segments, nothing tells which is which. But the first that came is no earlier
-//! than the first that left; so within that interval the estimate goes where they, too, arrive after they left.
+//! than the first that left; so within that interval the estimate goes where they, too, arrive after they left. Only the TTL
+//! tells a packet that comes round again from its like.
 
 mod crossings;
 mod range;
@@ -203,7 +204,8 @@ impl Offset {
 fn samples(here: &Crossings, there: &Crossings) -> Vec<Sample> {
     let pairs = |from: &Packets, to: &Packets, from_here: bool| -> Vec<Sample> {
         let pair = |(key, left): (&u64, &Noted)| {
-            let came = to.get(key)?;
+            // With a higher TTL than it left with it is an earlier pass, of which the leaving was not recorded.
+            let came = to.get(key).filter(|came| came.ttl <= left.ttl)?;
             let (here, there) = if from_here {
                 (left.time, came.time)
             } else {
@@ -297,6 +299,7 @@ mod tests {
         let noted = |time| Noted {
             time,
             uplink: true,
+            ttl: 63,
             sole,
         };
         for (left, delay, from_here) in crossings {
