@@ -68,11 +68,11 @@ func (w when) protocol(name string) when {
 }
 
 func (w when) from(set string) when {
-	return w.and("-m set --match-set "+set+" src", "ip saddr @"+legal(set))
+	return w.and("-m set --match-set "+set+" src", "<IPV> saddr @"+legal(set))
 }
 
 func (w when) to(set string) when {
-	return w.and("-m set --match-set "+set+" dst", "ip daddr @"+legal(set))
+	return w.and("-m set --match-set "+set+" dst", "<IPV> daddr @"+legal(set))
 }
 
 func (w when) toLocal() when {
@@ -116,6 +116,7 @@ func (a action) String() string { return a.ToFragment(nil) }
 
 func accept() *action { return &action{iptables: "--jump ACCEPT", nftables: "accept"} }
 func drop() *action   { return &action{iptables: "--jump DROP", nftables: "drop"} }
+func reject() *action { return &action{iptables: "--jump REJECT", nftables: "reject"} }
 func back() *action   { return &action{iptables: "--jump RETURN", nftables: "return"} }
 
 func notrack() *action { return &action{iptables: "--jump NOTRACK", nftables: "notrack"} }

@@ -25,21 +25,31 @@ func main() {
 
 func run(folder string) error {
 	files := map[string]string{
-		"ipsets":               ipsetInput(),
+		"ipsets":               ipsetInput(false),
+		"ipsets6":              ipsetInput(true),
 		"v3.28/SOURCE":         packagesSource(),
-		"v3.28/plain/iptables": restoreInput(rendered()),
+		"v3.28/plain/iptables": restoreInput(rendered(settings{})),
+		// Without the table raw: of the rules with `REJECT` that Felix has there, the kernel takes none.
+		"v3.28/reject/iptables": restoreInput(rendered(settings{rejects: true})[1:]),
+		"v3.28/ipv6/ip6tables":  restoreInput(rendered(settings{ipv6: true})),
 	}
 	byHand := map[string]release{
 		// With flow logs only, since there is enough to read; without them v3.28 has the same names.
 		"v3.31-by-hand/flow-logs": {flowLogs: true},
 		"v3.33-by-hand/flow-logs": {flowLogs: true, kinds: true},
 		"v3.33-by-hand/plain":     {kinds: true},
+		"v3.33-by-hand/reject":    {settings: settings{rejects: true}, kinds: true},
+		"v3.33-by-hand/ipv6":      {settings: settings{ipv6: true}, kinds: true, flowLogs: true},
 	}
 	for name, of := range byHand {
 		files[filepath.Join(filepath.Dir(name), "SOURCE")] = handSource
-		files[filepath.Join(name, "iptables")] = restoreInput(of.iptables())
+		iptables, nft := "iptables", "nft"
+		if of.ipv6 {
+			iptables, nft = "ip6tables", "nft6"
+		}
+		files[filepath.Join(name, iptables)] = restoreInput(of.iptables())
 		of.nftables = true
-		files[filepath.Join(name, "nft")] = of.nftInput()
+		files[filepath.Join(name, nft)] = of.nftInput()
 	}
 	for name, text := range files {
 		file := filepath.Join(folder, name)
@@ -54,10 +64,14 @@ func run(folder string) error {
 }
 
 // ipsetInput is the input of `ipset restore`.
-func ipsetInput() string {
+func ipsetInput(ipv6 bool) string {
+	family := "inet"
+	if ipv6 {
+		family = "inet6"
+	}
 	var text strings.Builder
-	for _, set := range sets {
-		fmt.Fprintf(&text, "create %s hash:net family inet\n", set.name)
+	for _, set := range setsOf(ipv6) {
+		fmt.Fprintf(&text, "create %s hash:net family %s\n", set.name, family)
 		for _, member := range set.members {
 			fmt.Fprintf(&text, "add %s %s\n", set.name, member)
 		}

@@ -17,9 +17,9 @@ import (
 // What is written by hand, as input of `iptables-restore` and of `nft -f`.
 
 func (r release) layers() []layer {
-	filter := filterLayer()
+	filter := r.filterLayer()
 	filter.chains = append(filter.chains, r.workloads()...)
-	return []layer{rawLayer(), mangleLayer(), natLayer(), filter}
+	return []layer{rawLayer(), mangleLayer(), r.natLayer(), filter}
 }
 
 // iptables are the layers as tables, for [restoreInput].
@@ -79,24 +79,28 @@ var bases = []struct {
 func (r release) nftInput() string {
 	var text strings.Builder
 	line := func(format string, arguments ...interface{}) { fmt.Fprintf(&text, format+"\n", arguments...) }
-	line("add table ip calico")
+	family, kind := "ip", "ipv4_addr"
+	if r.ipv6 {
+		family, kind = "ip6", "ipv6_addr"
+	}
+	line("add table %s calico", family)
 	for _, base := range bases {
-		line("add chain ip calico %s { type %s hook %s priority %d; }", base.name, base.kind, base.hook, base.priority)
+		line("add chain %s calico %s { type %s hook %s priority %d; }", family, base.name, base.kind, base.hook, base.priority)
 	}
 	layers := r.layers()
 	for _, layer := range layers {
 		for _, chain := range layer.chains {
-			line("add chain ip calico %s-%s", layer.name, chain.name)
+			line("add chain %s calico %s-%s", family, layer.name, chain.name)
 		}
 	}
-	for _, set := range sets {
-		line("add set ip calico %s { type ipv4_addr; flags interval; }", legal(set.name))
-		line("add element ip calico %s { %s }", legal(set.name), strings.Join(set.members, ", "))
+	for _, set := range setsOf(r.ipv6) {
+		line("add set %s calico %s { type %s; flags interval; }", family, legal(set.name), kind)
+		line("add element %s calico %s { %s }", family, legal(set.name), strings.Join(set.members, ", "))
 	}
 	for _, direction := range []direction{ingress, egress} {
-		line("add map ip calico filter-%s { type ifname : verdict; }", direction.dispatch)
+		line("add map %s calico filter-%s { type ifname : verdict; }", family, direction.dispatch)
 		for _, of := range endpoints {
-			line(`add element ip calico filter-%s { "%s" : goto filter-%s%s }`, direction.dispatch, of.iface, direction.endpoint, of.iface)
+			line(`add element %s calico filter-%s { "%s" : goto filter-%s%s }`, family, direction.dispatch, of.iface, direction.endpoint, of.iface)
 		}
 	}
 	for _, layer := range layers {
@@ -105,32 +109,32 @@ func (r release) nftInput() string {
 			if layer.name+hook == "filterFORWARD" {
 				body = append(body, forwardEnd()...)
 			}
-			writeNft(line, layer.name, chain{hook, body})
+			writeNft(line, family, layer.name, chain{hook, body})
 		}
 		for _, chain := range layer.chains {
-			writeNft(line, layer.name, chain)
+			writeNft(line, family, layer.name, chain)
 		}
 	}
 	return text.String()
 }
 
-func writeNft(line func(string, ...interface{}), layer string, of chain) {
+func writeNft(line func(string, ...interface{}), family, layer string, of chain) {
 	name := layer + "-" + of.name
 	hash := sha256.Sum224([]byte(name))
 	for _, rule := range of.rules {
-		text := rule.nftables(layer)
+		text := rule.nftables(family, layer)
 		// Each with that of the rule before it, as in iptables (`felix/generictables/rules.go`).
 		hash = sha256.Sum224(append(hash[:], text...))
 		digest := rules.RuleHashPrefix + base64.RawURLEncoding.EncodeToString(hash[:])[:iptables.HashLength] + ";"
-		line(`add rule ip calico %s %s comment "%s"`, name, text, nftComment(digest, rule.comments))
+		line(`add rule %s calico %s %s comment "%s"`, family, name, text, nftComment(digest, rule.comments))
 	}
 }
 
 // nftables is the rule's text; each that does something counts (`felix/nftables/renderer.go`).
-func (r rule) nftables(layer string) string {
+func (r rule) nftables(family, layer string) string {
 	words := slices.Clone(r.when.nftables)
 	for index, word := range words {
-		words[index] = strings.ReplaceAll(word, "<LAYER>", layer)
+		words[index] = strings.NewReplacer("<LAYER>", layer, "<IPV>", family).Replace(word)
 	}
 	if r.then != nil {
 		words = append(words, "counter", r.then.nftables)

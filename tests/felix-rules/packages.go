@@ -26,13 +26,15 @@ var defaults = rules.Config{
 	IPIPEnabled:       true,
 	IPIPTunnelAddress: net.IPv4(10, 244, 120, 64),
 	VXLANEnabled:      true,
+	VXLANEnabledV6:    true,
 	VXLANPort:         4789,
 	VXLANVNI:          4096,
 	// Felix' static chains name them whether WireGuard is on or not.
 	WireguardInterfaceName:   "wireguard.cali",
 	WireguardInterfaceNameV6: "wg-v6.cali",
 
-	VXLANTunnelAddress: net.IPv4(10, 244, 120, 65),
+	VXLANTunnelAddress:   net.IPv4(10, 244, 120, 65),
+	VXLANTunnelAddressV6: net.ParseIP("fd00:10:244:120::65"),
 
 	IptablesLogPrefix:         "calico-packet",
 	EndpointToHostAction:      "DROP",
@@ -58,11 +60,43 @@ func failsafe(ports ...string) (parsed []config.ProtoPort) {
 	return parsed
 }
 
+// How Felix is configured.
+type settings struct {
+	// What is denied is answered (`iptablesFilterDenyAction: Reject`).
+	rejects bool
+	// The rules are those for IPv6.
+	ipv6 bool
+}
+
+func (s settings) version() uint8 {
+	if s.ipv6 {
+		return 6
+	}
+	return 4
+}
+
+// set is what a set of addresses is called, by its id.
+func (s settings) set(id string) string {
+	if s.ipv6 {
+		return defaults.IPSetConfigV6.NameForMainIPSet(id)
+	}
+	return defaults.IPSetConfigV4.NameForMainIPSet(id)
+}
+
+func (s settings) config() rules.Config {
+	config := defaults
+	if s.rejects {
+		config.IptablesFilterDenyAction = "REJECT"
+	}
+	return config
+}
+
 // rendered is what Calico's own packages make of the scenario: the chains of each table, and the rules that Felix puts into
 // the chains of the kernel (`setUpIptablesNormal`, `felix/dataplane/linux/int_dataplane.go`).
-func rendered() []table {
-	renderer := rules.NewRenderer(defaults)
-	filter := renderer.StaticFilterTableChains(4)
+func rendered(as settings) []table {
+	renderer := rules.NewRenderer(as.config())
+	version := as.version()
+	filter := renderer.StaticFilterTableChains(version)
 	workloads := map[proto.WorkloadEndpointID]*proto.WorkloadEndpoint{}
 	groups := map[string]bool{}
 	for _, of := range endpoints {
@@ -84,25 +118,25 @@ func rendered() []table {
 	}
 	for _, of := range policies {
 		id := proto.PolicyID{Tier: "default", Name: of.tiered()}
-		filter = append(filter, renderer.PolicyToIptablesChains(&id, &proto.Policy{InboundRules: of.inbound, OutboundRules: of.outbound}, 4)...)
+		filter = append(filter, renderer.PolicyToIptablesChains(&id, &proto.Policy{InboundRules: of.inbound, OutboundRules: of.outbound}, version)...)
 	}
 	for _, of := range profiles {
-		inbound, outbound := renderer.ProfileToIptablesChains(&proto.ProfileID{Name: of.name}, &proto.Profile{InboundRules: of.inbound, OutboundRules: of.outbound}, 4)
+		inbound, outbound := renderer.ProfileToIptablesChains(&proto.ProfileID{Name: of.name}, &proto.Profile{InboundRules: of.inbound, OutboundRules: of.outbound}, version)
 		filter = append(filter, inbound, outbound)
 	}
 	filter = append(filter, renderer.WorkloadDispatchChains(workloads)...)
 	filter = append(filter, renderer.HostDispatchChains(map[string]proto.HostEndpointID{hostEndpoint: {EndpointId: hostEndpoint}}, "", true)...)
 	onHost := policyGroups(alone(first), rules.PolicyDirectionInbound)
 	filter = append(filter, renderer.HostEndpointToFilterChains(hostEndpoint, nil, onHost, nil, onHost, nil, nil)...)
-	filter = append(filter, renderer.BlockedCIDRsToIptablesChains([]string{serviceAddresses}, 4)...)
+	filter = append(filter, renderer.BlockedCIDRsToIptablesChains(serviceAddresses, version)...)
 
-	nat := renderer.StaticNATTableChains(4)
-	nat = append(nat, renderer.NATOutgoingChain(true, 4))
+	nat := renderer.StaticNATTableChains(version)
+	nat = append(nat, renderer.NATOutgoingChain(true, version))
 	nat = append(nat, renderer.DNATsToIptablesChains(nil)...)
 	nat = append(nat, renderer.SNATsToIptablesChains(nil)...)
-	mangle := append(renderer.StaticMangleTableChains(4), renderer.FromHostDispatchChains(nil, "")...)
+	mangle := append(renderer.StaticMangleTableChains(version), renderer.FromHostDispatchChains(nil, "")...)
 	mangle = append(mangle, renderer.ToHostDispatchChains(nil, "")...)
-	raw := append(renderer.StaticRawTableChains(4), renderer.HostDispatchChains(nil, "", false)...)
+	raw := append(renderer.StaticRawTableChains(version), renderer.HostDispatchChains(nil, "", false)...)
 	raw = append(raw, &iptables.Chain{Name: rules.ChainRpfSkip})
 
 	return []table{

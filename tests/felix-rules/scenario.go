@@ -3,7 +3,8 @@ package main
 import "github.com/projectcalico/calico/felix/proto"
 
 // What all releases render: the policies, profiles and endpoints of one node. The tests that read the fixtures
-// (`calitrace/src/netfilter/felix`) know them by these names.
+// (`calitrace/src/netfilter/felix`) know them by these names. Of rules for both IPv4 and IPv6 Felix renders what is of either;
+// what has the address 10.244.7.1 has fd00:10:244:7::1, too.
 
 // A policy, with the kind, tier and names that its resource has.
 type policy struct {
@@ -74,11 +75,11 @@ var (
 	web = &policy{
 		kind: "NetworkPolicy", tier: "default", namespace: "default", name: "web",
 		inbound: []*proto.Rule{
-			{Action: "allow", Protocol: named("tcp"), SrcNet: []string{"10.244.0.0/16"}, DstPorts: append(ports(80, 443), span(8000, 8080))},
+			{Action: "allow", Protocol: named("tcp"), SrcNet: []string{"10.244.0.0/16", "fd00:10:244::/48"}, DstPorts: append(ports(80, 443), span(8000, 8080))},
 			{Action: "log", Protocol: named("tcp"), DstPorts: ports(22)},
 			{Action: "deny", Protocol: named("tcp"), DstPorts: ports(22)},
 			{Action: "allow", Protocol: named("udp"), SrcIpSetIds: []string{"s:frontend"}, DstPorts: ports(5353)},
-			{Action: "deny", Protocol: named("udp"), SrcNet: []string{"10.244.0.0/16", "203.0.113.0/24"}, NotSrcNet: []string{"10.244.7.0/24"}, DstPorts: ports(5353)},
+			{Action: "deny", Protocol: named("udp"), SrcNet: []string{"10.244.0.0/16", "203.0.113.0/24", "fd00:10:244::/48", "fd00:203:0:113::/64"}, NotSrcNet: []string{"10.244.7.0/24", "fd00:10:244:7::/64"}, DstPorts: ports(5353)},
 		},
 	}
 	allowDNS = &policy{
@@ -87,14 +88,15 @@ var (
 	}
 	onlyDNS = &policy{
 		kind: "KubernetesNetworkPolicy", tier: "default", namespace: "default", name: "only-dns",
-		outbound: []*proto.Rule{{Action: "allow", Protocol: named("udp"), DstNet: []string{"10.96.0.10/32"}, DstPorts: ports(53)}},
+		outbound: []*proto.Rule{{Action: "allow", Protocol: named("udp"), DstNet: []string{"10.96.0.10/32", "fd00:10:96::10/128"}, DstPorts: ports(53)}},
 	}
 	guard = &policy{
 		kind: "GlobalNetworkPolicy", tier: "security", name: "security.guard",
 		inbound: []*proto.Rule{
-			{Action: "pass", SrcNet: []string{"10.244.0.0/16"}},
-			{Action: "deny", SrcNet: []string{"198.51.100.0/24"}},
-			{Action: "allow", Protocol: named("icmp"), Icmp: &proto.Rule_IcmpType{IcmpType: 8}},
+			{Action: "pass", SrcNet: []string{"10.244.0.0/16", "fd00:10:244::/48"}},
+			{Action: "deny", SrcNet: []string{"198.51.100.0/24", "fd00:198:51:100::/64"}},
+			{Action: "allow", IpVersion: 4, Protocol: named("icmp"), Icmp: &proto.Rule_IcmpType{IcmpType: 8}},
+			{Action: "allow", IpVersion: 6, Protocol: named("icmpv6"), Icmp: &proto.Rule_IcmpType{IcmpType: 128}},
 		},
 	}
 	audit = &policy{
@@ -175,11 +177,13 @@ var endpoints = []endpoint{
 	{iface: "caliccccccccccc", profiles: usual, limited: true},
 }
 
-// The sets of addresses, with the names that Felix gives them for IPv4, and who is in them.
-var sets = []struct {
+type addresses struct {
 	name    string
 	members []string
-}{
+}
+
+// The sets of addresses, with the names that Felix gives them, and who is in them.
+var sets = []addresses{
 	{"cali40all-hosts-net", []string{"192.168.49.2", "192.168.49.3"}},
 	{"cali40all-vxlan-net", []string{"192.168.49.3"}},
 	{"cali40all-ipam-pools", []string{"10.244.0.0/16"}},
@@ -187,8 +191,22 @@ var sets = []struct {
 	{"cali40s:frontend", []string{"10.244.205.194", "10.244.205.195"}},
 }
 
+var setsV6 = []addresses{
+	{"cali60all-vxlan-net", []string{"fd00:192:168:49::3"}},
+	{"cali60all-ipam-pools", []string{"fd00:10:244::/48"}},
+	{"cali60masq-ipam-pools", []string{"fd00:10:244::/48"}},
+	{"cali60s:frontend", []string{"fd00:10:244:205::194", "fd00:10:244:205::195"}},
+}
+
+func setsOf(ipv6 bool) []addresses {
+	if ipv6 {
+		return setsV6
+	}
+	return sets
+}
+
 // The addresses of services, which Felix lets nothing but their own rules have.
-const serviceAddresses = "10.96.0.0/12"
+var serviceAddresses = []string{"10.96.0.0/12", "fd00:10:96::/108"}
 
 func alone(policies ...*policy) (groups []group) {
 	for _, p := range policies {

@@ -28,6 +28,7 @@ Read, of projectcalico/calico:
   felix/rules/policy.go                     0162f27378c0
   felix/rules/endpoints.go                  between v3.32 and v3.34
   felix/rules/static.go                     00b9aad19b30
+  felix/rules/deny_action_test.go           5deb23c184b8
   felix/rules/dispatch.go                   1f065ee81c7b
   felix/rules/nflogprefix.go                08bb13aec5af
   felix/types/policy_id.go                  between v3.32 and v3.34

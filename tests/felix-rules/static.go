@@ -1,6 +1,10 @@
 package main
 
-import "github.com/projectcalico/calico/felix/rules"
+import (
+	"strings"
+
+	"github.com/projectcalico/calico/felix/rules"
+)
 
 // Felix' static chains by hand, from `felix/rules/static.go`, `nat.go` and `dispatch.go`. The ports of the failsafe chains
 // are left out: packets come to them from host endpoints only, and here are none.
@@ -20,6 +24,7 @@ const (
 	vxlanPort = 4789
 	ipip      = "4"
 	udp       = "17"
+	icmpv6    = "58"
 )
 
 // layers are iptables' tables, with what is in them.
@@ -48,6 +53,7 @@ func rawLayer() layer {
 				untracked,
 				any().input("cali+").do(mark(scratch0Bit)),
 				set(scratch0Bit).do(jump(rules.ChainRpfSkip)),
+				// Whatever is configured: `REJECT` is of the table filter only (`felix/rules/deny_action_test.go`).
 				set(scratch0Bit).and("-m rpfilter --invert --validmark", "fib saddr . mark . iif oif 0").do(drop()),
 				clear(scratch0Bit).do(jump(rules.ChainDispatchFromHostEndpoint)),
 				set(acceptBit).do(accept()),
@@ -93,24 +99,27 @@ func mangleLayer() layer {
 	}
 }
 
-func natLayer() layer {
+func (r release) natLayer() layer {
 	tunnel := func(device string) rule {
 		away := any().output(device).and("-m addrtype ! --src-type LOCAL --limit-iface-out", "fib saddr . oif type != local")
 		return away.fromLocal().do(masquerade())
 	}
-	outgoing := any().from("cali40masq-ipam-pools").and("-m set ! --match-set cali40all-ipam-pools dst", "ip daddr != @cali40all-ipam-pools")
+	all := r.set(rules.IPSetIDNATOutgoingAllPools)
+	outgoing := any().from(r.set(rules.IPSetIDNATOutgoingMasqPools)).and("-m set ! --match-set "+all+" dst", "<IPV> daddr != @"+legal(all))
+	tunnels := []rule{tunnel("tunl0"), tunnel("vxlan.calico")}
+	if r.ipv6 {
+		tunnels = []rule{tunnel("vxlan-v6.calico")}
+	}
 	return layer{
 		name:   "nat",
 		insert: map[string]string{"PREROUTING": rules.ChainNATPrerouting, "OUTPUT": rules.ChainNATOutput, "POSTROUTING": rules.ChainNATPostrouting},
 		chains: []chain{
 			{rules.ChainNATPrerouting, []rule{do(jump(rules.ChainFIPDnat))}},
 			{rules.ChainNATOutput, []rule{do(jump(rules.ChainFIPDnat))}},
-			{rules.ChainNATPostrouting, []rule{
+			{rules.ChainNATPostrouting, append([]rule{
 				do(jump(rules.ChainFIPSnat)),
 				do(jump(rules.ChainNATOutgoing)),
-				tunnel("tunl0"),
-				tunnel("vxlan.calico"),
-			}},
+			}, tunnels...)},
 			{rules.ChainNATOutgoing, []rule{outgoing.do(masquerade())}},
 			{name: rules.ChainFIPDnat},
 			{name: rules.ChainFIPSnat},
@@ -118,26 +127,22 @@ func natLayer() layer {
 	}
 }
 
-func filterLayer() layer {
+func (r release) filterLayer() layer {
 	return layer{
 		name:   "filter",
 		insert: map[string]string{"INPUT": rules.ChainFilterInput, "FORWARD": rules.ChainFilterForward, "OUTPUT": rules.ChainFilterOutput},
 		chains: []chain{
-			{rules.ChainFilterInput, []rule{
-				any().protocol(ipip).from("cali40all-hosts-net").toLocal().do(accept(), "Allow IPIP packets from Calico hosts"),
-				any().protocol(ipip).do(drop(), "Drop IPIP packets from non-Calico hosts"),
-				vxlan().from("cali40all-vxlan-net").toLocal().do(accept(), "Allow IPv4 VXLAN packets from allowed hosts"),
-				vxlan().toLocal().do(drop(), "Drop IPv4 VXLAN packets from non-allowed hosts"),
+			{rules.ChainFilterInput, append(r.encapsulatedHere(),
 				any().input("cali+").do(goTo(rules.ChainWorkloadToHost)),
 				set(acceptBit).do(accept()),
 				do(unmark(allBits)),
 				do(jump(rules.ChainDispatchFromHostEndpoint)),
 				set(acceptBit).do(accept(), "Host endpoint policy accepted packet."),
-			}},
-			{rules.ChainWorkloadToHost, []rule{
+			)},
+			{rules.ChainWorkloadToHost, append(r.neighbours(),
 				do(jump(rules.ChainFromWorkloadDispatch)),
 				do(drop(), "Configured DefaultEndpointToHostAction"),
-			}},
+			)},
 			{rules.ChainFilterForward, []rule{
 				do(unmark(allBits &^ acceptBit)),
 				clear(acceptBit).do(jump(rules.ChainDispatchFromHostEndPointForward)),
@@ -146,16 +151,12 @@ func filterLayer() layer {
 				do(jump(rules.ChainDispatchToHostEndpointForward)),
 				do(jump(rules.ChainCIDRBlock)),
 			}},
-			{rules.ChainFilterOutput, []rule{
-				set(acceptBit).do(accept()),
-				any().output("cali+").do(back()),
-				any().protocol(ipip).to("cali40all-hosts-net").fromLocal().do(accept(), "Allow IPIP packets to other Calico hosts"),
-				vxlan().fromLocal().to("cali40all-vxlan-net").do(accept(), "Allow IPv4 VXLAN packets to other allowed hosts"),
+			{rules.ChainFilterOutput, append(r.encapsulatedForOthers(),
 				do(unmark(allBits)),
 				any().and("-m conntrack ! --ctstate DNAT", "ct status != dnat").do(jump(rules.ChainDispatchToHostEndpoint)),
 				set(acceptBit).do(accept(), "Host endpoint policy accepted packet."),
-			}},
-			{rules.ChainCIDRBlock, []rule{any().and("--destination "+serviceAddresses, "ip daddr "+serviceAddresses).do(drop())}},
+			)},
+			{rules.ChainCIDRBlock, r.blocked()},
 			{name: rules.ChainDispatchFromHostEndpoint},
 			{name: rules.ChainDispatchToHostEndpoint},
 			{name: rules.ChainDispatchFromHostEndPointForward},
@@ -164,6 +165,59 @@ func filterLayer() layer {
 			{name: rules.ChainFailsafeOut},
 		},
 	}
+}
+
+// encapsulatedHere are the rules for what other nodes encapsulate. Those for VXLAN over IPv4 drop whatever is configured.
+func (r release) encapsulatedHere() []rule {
+	of := r.set(rules.IPSetIDAllVXLANSourceNets)
+	if r.ipv6 {
+		return []rule{
+			vxlan().from(of).toLocal().do(accept(), "Allow IPv6 VXLAN packets from allowed hosts"),
+			vxlan().toLocal().do(r.deny(), r.denied()+" IPv6 VXLAN packets from non-allowed hosts"),
+		}
+	}
+	return []rule{
+		any().protocol(ipip).from(r.set(rules.IPSetIDAllHostNets)).toLocal().do(accept(), "Allow IPIP packets from Calico hosts"),
+		any().protocol(ipip).do(r.deny(), r.denied()+" IPIP packets from non-Calico hosts"),
+		vxlan().from(of).toLocal().do(accept(), "Allow IPv4 VXLAN packets from allowed hosts"),
+		vxlan().toLocal().do(drop(), "Drop IPv4 VXLAN packets from non-allowed hosts"),
+	}
+}
+
+func (r release) encapsulatedForOthers() []rule {
+	first := []rule{
+		set(acceptBit).do(accept()),
+		any().output("cali+").do(back()),
+	}
+	to := r.set(rules.IPSetIDAllVXLANSourceNets)
+	if r.ipv6 {
+		return append(first, vxlan().fromLocal().to(to).do(accept(), "Allow IPv6 VXLAN packets to other allowed hosts"))
+	}
+	return append(first,
+		any().protocol(ipip).to(r.set(rules.IPSetIDAllHostNets)).fromLocal().do(accept(), "Allow IPIP packets to other Calico hosts"),
+		vxlan().fromLocal().to(to).do(accept(), "Allow IPv4 VXLAN packets to other allowed hosts"),
+	)
+}
+
+// neighbours are the rules for what pods say to a router of IPv6: who listens to which groups, and who is whose neighbour.
+func (r release) neighbours() (accepted []rule) {
+	if !r.ipv6 {
+		return nil
+	}
+	for _, kind := range []int32{130, 131, 132, 133, 135, 136} {
+		accepted = append(accepted, r.icmp(any().protocol(icmpv6), kind).do(accept()))
+	}
+	return accepted
+}
+
+// blocked are the addresses of services that nothing handles. What becomes of them has a setting of its own.
+func (r release) blocked() (dropped []rule) {
+	for _, net := range serviceAddresses {
+		if strings.Contains(net, ":") == r.ipv6 {
+			dropped = append(dropped, any().and("--destination "+net, "<IPV> daddr "+net).do(drop()))
+		}
+	}
+	return dropped
 }
 
 // Rules at the end of the kernel's own chain, after those of others.

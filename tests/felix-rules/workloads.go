@@ -19,12 +19,29 @@ import (
 
 // A release after v3.28, as far as its rules differ from those of others.
 type release struct {
+	settings
 	// Policies are told by their kinds, which they are from v3.32 on.
 	kinds bool
 	// Log rules stand before rules that allow, deny or pass.
 	flowLogs bool
 	// The rules are for nftables, where names may be long and interfaces are looked up in maps.
 	nftables bool
+}
+
+// deny is what becomes of packets that are denied; some rules drop whatever is configured.
+func (r release) deny() *action {
+	if r.rejects {
+		return reject()
+	}
+	return drop()
+}
+
+// denied is the word for it in comments.
+func (r release) denied() string {
+	if r.rejects {
+		return "Reject"
+	}
+	return "Drop"
 }
 
 type direction struct {
@@ -157,13 +174,13 @@ func (r release) dispatch(direction direction) []chain {
 			body = append(body, direction.device(any(), of.iface).do(goTo(direction.endpoint+of.iface)))
 		}
 	}
-	return []chain{{direction.dispatch, append(body, do(drop(), "Unknown interface"))}}
+	return []chain{{direction.dispatch, append(body, do(r.deny(), "Unknown interface"))}}
 }
 
 func (r release) endpoint(of endpoint, direction direction) chain {
 	name := direction.endpoint + of.iface
 	if of.down {
-		return chain{name, []rule{do(drop(), "Endpoint admin disabled")}}
+		return chain{name, []rule{do(r.deny(), "Endpoint admin disabled")}}
 	}
 	var body []rule
 	if of.limited {
@@ -171,7 +188,7 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 	}
 	body = append(body,
 		state("RELATED,ESTABLISHED").do(accept()),
-		state("INVALID").do(drop()),
+		state("INVALID").do(r.deny()),
 	)
 	if of.limited {
 		body = append(body, do(connectionLimit(), "Reject connections over "+direction.word+" connection limit"))
@@ -179,8 +196,8 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 	body = append(body, do(unmark(acceptBit|passBit)))
 	if direction.encapsulates {
 		body = append(body,
-			vxlan().do(drop(), "Drop VXLAN encapped packets originating in workloads"),
-			any().protocol(ipip).do(drop(), "Drop IPinIP encapped packets originating in workloads"),
+			vxlan().do(r.deny(), r.denied()+" VXLAN encapped packets originating in workloads"),
+			any().protocol(ipip).do(r.deny(), r.denied()+" IPinIP encapped packets originating in workloads"),
 		)
 	}
 	for _, in := range of.tiers {
@@ -199,7 +216,7 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 		if r.flowLogs {
 			body = append(body, clear(passBit).do(nflog(direction.logGroup, prefix("DP"+direction.letter+"|"+in.name))))
 		}
-		body = append(body, clear(passBit).do(drop(), "End of tier "+in.name+". Drop if no policies passed packet"))
+		body = append(body, clear(passBit).do(r.deny(), "End of tier "+in.name+". "+r.denied()+" if no policies passed packet"))
 	}
 	for _, name := range of.profiles {
 		body = append(body, do(jump(r.limited(direction.profiles, name))), set(acceptBit).do(back(), "Return if profile accepted"))
@@ -207,7 +224,7 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 	if r.flowLogs {
 		body = append(body, do(nflog(direction.logGroup, "DR"+direction.letter)))
 	}
-	return chain{name, append(body, do(drop(), "Drop if no profiles matched"))}
+	return chain{name, append(body, do(r.deny(), r.denied()+" if no profiles matched"))}
 }
 
 // packetLimit drops what is more than some packets a second. Iptables marks those that are not, since its limit holds for
@@ -263,7 +280,11 @@ func (r release) group(name string, of group, direction direction) chain {
 // rules are those of a policy or profile, the first of them with its title in the comment.
 func (r release) rules(of []*proto.Rule, owner, id string, logGroup int, title string) (body []rule) {
 	for index, protoRule := range of {
-		blocks, match := conditions(protoRule)
+		protoRule := rules.FilterRuleToIPVersion(r.version(), protoRule)
+		if protoRule == nil {
+			continue
+		}
+		blocks, match := r.conditions(protoRule)
 		made := blocks
 		ends := func(letter string, bit uint32, then *action) {
 			made = append(made, match.do(mark(bit)))
@@ -278,7 +299,7 @@ func (r release) rules(of []*proto.Rule, owner, id string, logGroup int, title s
 		case "pass":
 			ends("P", passBit, back())
 		case "deny":
-			ends("D", dropBit, drop())
+			ends("D", dropBit, r.deny())
 		case "log":
 			made = append(made, match.do(logged("calico-packet")))
 		}
@@ -302,8 +323,8 @@ func (r release) rules(of []*proto.Rule, owner, id string, logGroup int, title s
 
 // conditions are what a rule asks for, and before it those rules that find out with marks what one rule cannot ask: whether
 // one of several networks is the packet's.
-func conditions(of *proto.Rule) (blocks []rule, match when) {
-	net := func(net string) when { return any().and("--source "+net, "ip saddr "+net) }
+func (r release) conditions(of *proto.Rule) (blocks []rule, match when) {
+	net := func(net string) when { return any().and("--source "+net, "<IPV> saddr "+net) }
 	protocol := of.GetProtocol().GetName()
 	if protocol != "" {
 		match = match.protocol(protocol)
@@ -312,16 +333,16 @@ func conditions(of *proto.Rule) (blocks []rule, match when) {
 		match = match.both(net(of.SrcNet[0]))
 	}
 	for _, id := range of.SrcIpSetIds {
-		match = match.from(defaults.IPSetConfigV4.NameForMainIPSet(id))
+		match = match.from(r.set(id))
 	}
 	if len(of.DstNet) == 1 {
-		match = match.and("--destination "+of.DstNet[0], "ip daddr "+of.DstNet[0])
+		match = match.and("--destination "+of.DstNet[0], "<IPV> daddr "+of.DstNet[0])
 	}
 	if len(of.DstPorts) > 0 {
 		match = match.toPorts(protocol, of.DstPorts)
 	}
 	if icmp, is := of.Icmp.(*proto.Rule_IcmpType); is {
-		match = match.and(fmt.Sprintf("-m icmp --icmp-type %d", icmp.IcmpType), fmt.Sprintf("icmp type %d", icmp.IcmpType))
+		match = r.icmp(match, icmp.IcmpType)
 	}
 	if len(of.SrcNet) > 1 {
 		blocks = append(blocks, do(remark(0, scratch0Bit|scratch1Bit)))
@@ -330,9 +351,16 @@ func conditions(of *proto.Rule) (blocks []rule, match when) {
 		}
 		// They are looked at one by one only where there is more than one of them.
 		if len(of.NotSrcNet) == 1 {
-			match = match.and("! --source "+of.NotSrcNet[0], "ip saddr != "+of.NotSrcNet[0])
+			match = match.and("! --source "+of.NotSrcNet[0], "<IPV> saddr != "+of.NotSrcNet[0])
 		}
 		match = match.both(set(scratch0Bit))
 	}
 	return blocks, match
+}
+
+func (r release) icmp(match when, kind int32) when {
+	if r.ipv6 {
+		return match.and(fmt.Sprintf("-m icmp6 --icmpv6-type %d", kind), fmt.Sprintf("icmpv6 type %d", kind))
+	}
+	return match.and(fmt.Sprintf("-m icmp --icmp-type %d", kind), fmt.Sprintf("icmp type %d", kind))
 }

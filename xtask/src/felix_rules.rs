@@ -17,7 +17,7 @@ use crate::{root, setup, workspace};
 
 /// Ways to load and show a rule set: the generator's file, the script, which gets the folders with the sets and with that
 /// file as arguments, and the end of the fixture's name. `nft` is asked as calitrace asks it.
-const WAYS: [(&str, &str, &str); 3] = [
+const WAYS: [(&str, &str, &str); 6] = [
     (
         "iptables",
         "ipset restore <$1/ipsets && iptables-legacy-restore -w 10 <$2/iptables && iptables-legacy-save",
@@ -33,6 +33,21 @@ const WAYS: [(&str, &str, &str); 3] = [
         "nft -f $2/nft && nft -j -n -s list table ip calico",
         "json",
     ),
+    (
+        "ip6tables",
+        "ipset restore <$1/ipsets6 && ip6tables-legacy-restore -w 10 <$2/ip6tables && ip6tables-legacy-save",
+        "legacy.save",
+    ),
+    (
+        "ip6tables",
+        "ipset restore <$1/ipsets6 && ip6tables-nft-restore -w 10 <$2/ip6tables && ip6tables-nft-save",
+        "nft.save",
+    ),
+    (
+        "nft6",
+        "nft -f $2/nft6 && nft -j -n -s list table ip6 calico",
+        "json",
+    ),
 ];
 
 /// Renders, loads, and writes what differs.
@@ -41,7 +56,9 @@ pub(crate) fn run() -> Result<()> {
     let rendered = tempfile::tempdir().context("make a folder for the rule sets")?;
     render(rendered.path())?;
     let mut fixtures = BTreeMap::new();
-    fixtures.insert(PathBuf::from("ipsets"), read(&rendered.path().join("ipsets"))?);
+    for sets in ["ipsets", "ipsets6"] {
+        fixtures.insert(PathBuf::from(sets), read(&rendered.path().join(sets))?);
+    }
     for version in folders(rendered.path())? {
         let source = read(&version.join("SOURCE"))? + &tools()?;
         fixtures.insert(below(rendered.path(), &version.join("SOURCE"))?, source);

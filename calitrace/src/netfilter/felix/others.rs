@@ -1,0 +1,113 @@
+//! What is dropped by rules that belong to no policy.
+
+use super::*;
+
+#[test]
+fn what_no_policy_says_is_told_apart() {
+    const ADMIN_DOWN: By = Denied(&Cause::AdminDown);
+    const UNKNOWN: By = Denied(&Cause::UnknownInterface);
+    const ENCAPSULATED: By = Denied(&Cause::EncapsulatedByPod);
+    let invalid = States(States::INVALID);
+    let pod = into_node("cali44444444444", POD);
+    require(&[
+        (to("cali66666666666"), ADMIN_DOWN),
+        (from("cali66666666666"), ADMIN_DOWN),
+        (to("calibbbbbbbbbbb"), UNKNOWN),
+        (from("calibbbbbbbbbbb"), UNKNOWN),
+        (
+            to("cali44444444444").tcp(80).states(invalid),
+            Denied(&Cause::Invalid),
+        ),
+        (
+            from("cali11111111111").tcp(80).states(States::ANY),
+            Denied(&Cause::Invalid),
+        ),
+        (from("cali44444444444").udp(4789), ENCAPSULATED),
+        (from("cali44444444444").proto(4), ENCAPSULATED),
+        // What is sent to a pod may be encapsulated.
+        (to("cali44444444444").udp(4789), Nobody),
+        // Allowed by the policy, and of a service that is none.
+        (
+            from("cali22222222222").udp(53).dst("10.96.0.10"),
+            Dropped(&Cause::ServiceLoop),
+        ),
+        (
+            into_node("eth0", "192.168.49.9").proto(4),
+            Families(&Denied(&Cause::UnknownTunnelPeer), &Nobody),
+        ),
+        (into_node("eth0", "192.168.49.3").proto(4), Nobody),
+        // A node without an address for VXLAN.
+        (
+            into_node("eth0", "192.168.49.2").udp(4789),
+            Families(
+                &Dropped(&Cause::UnknownTunnelPeer),
+                &Denied(&Cause::UnknownTunnelPeer),
+            ),
+        ),
+        (into_node("eth0", "192.168.49.3").udp(4789), Nobody),
+        (into_node("eth0", "192.168.49.9").udp(53), Nobody),
+        (pod, Dropped(&Cause::EndpointToHost)),
+        (
+            into_node("cali11111111111", POD).tcp(25),
+            Policy("NetworkPolicy", "default/blocked-out", Egress, 0),
+        ),
+    ]);
+}
+
+#[test]
+fn a_source_of_another_fails_before_routing() {
+    for shown in all() {
+        let before_routing = |packet: Packet| Packet {
+            output: Device::Unknown,
+            hook: Hook::Prerouting,
+            ..packet
+        };
+        let spoofed = before_routing(from("cali44444444444"));
+        let expected = match (shown.release, shown.rejects) {
+            // The kernel takes `REJECT` in the table filter only, so Felix has no table raw then (projectcalico/calico#7914).
+            (Release::V3_28, true) => Vec::new(),
+            _ => vec![(Cause::ReversePath, false)],
+        };
+        assert_eq!(spoofed.met(&shown, false), expected, "{}", shown.name);
+        assert_eq!(spoofed.met(&shown, true), [], "{}", shown.name);
+        let foreign = before_routing(to(""));
+        assert_eq!(foreign.met(&shown, false), [], "{}", shown.name);
+    }
+}
+
+#[test]
+fn limits_are_named() {
+    const TO: By = Dropped(&Cause::Limit {
+        direction: Some(Ingress),
+    });
+    const FROM: By = Dropped(&Cause::Limit {
+        direction: Some(Egress),
+    });
+    require(&[
+        // Whether it was one too many is not known; nobody else drops it.
+        (to("caliccccccccccc"), Tiered(&TO, &Nobody)),
+        (to("caliccccccccccc").tcp(80), Tiered(&TO, &Nobody)),
+        (from("caliccccccccccc"), Tiered(&FROM, &Nobody)),
+    ]);
+}
+
+#[test]
+fn pods_may_ask_their_node_for_neighbours() {
+    for shown in all().into_iter().filter(|shown| shown.ipv6) {
+        let met = |kind| {
+            let packet = Packet {
+                proto: 58,
+                icmp: Some((kind, 0)),
+                ..into_node("cali44444444444", POD)
+            };
+            packet.met(&shown, true)
+        };
+        for asks in [130, 131, 132, 133, 135, 136] {
+            assert_eq!(met(asks), [], "{asks} in {}", shown.name);
+        }
+        for other in [128, 134, 137] {
+            let expected = [(Cause::EndpointToHost, false)];
+            assert_eq!(met(other), expected, "{other} in {}", shown.name);
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! How much of the rules is understood.
+
+use super::*;
+
+#[test]
+fn packets_out_of_the_pools_are_masqueraded() {
+    let pod = from("cali44444444444");
+    for shown in all() {
+        let masquerades = |dst| {
+            let packet = pod.dst(dst);
+            packet.ask(&shown, true, |asked| {
+                shown.rules.masquerades("cali-nat-outgoing", asked, &shown.sets)
+            })
+        };
+        // Of nftables' rules those for addresses are not looked at.
+        let of = |answer: bool| (!shown.is_native).then_some(answer);
+        assert_eq!(masquerades("8.8.8.8"), of(true), "{}", shown.name);
+        assert_eq!(masquerades(ELSEWHERE), of(false), "{}", shown.name);
+    }
+}
+
+/// All conditions are understood but limits, and those for translated connections and for the device that an address is local
+/// to: no rule that drops is reached by either.
+#[test]
+fn conditions_are_understood() {
+    for shown in all() {
+        let mut unknown: Vec<&str> = Vec::new();
+        for chains in shown.rules.tables.values() {
+            for (name, chain) in chains {
+                let mut matches = chain.rules.iter().flat_map(|rule| &rule.matches);
+                let is_unknown = matches.any(|condition| condition.what == rules::What::Unknown);
+                if is_unknown && !name.ends_with("-caliccccccccccc") {
+                    unknown.push(name);
+                }
+            }
+        }
+        unknown.sort_unstable();
+        let expected: &[&str] = if shown.is_native {
+            &["filter-cali-OUTPUT", "mangle-cali-POSTROUTING"]
+        } else {
+            // That of the table mangle, and that of nat.
+            &["cali-OUTPUT", "cali-POSTROUTING", "cali-POSTROUTING"]
+        };
+        assert_eq!(unknown, expected, "{}", shown.name);
+    }
+}
