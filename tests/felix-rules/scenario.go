@@ -147,6 +147,8 @@ var endpoints = []endpoint{
 		iface: "cali11111111111", profiles: usual,
 		tiers: []tier{{name: "default", ingress: alone(denyAll), egress: alone(blockedOut)}},
 	},
+	// Its name begins as the one before, so both have a dispatch chain of their own.
+	{iface: "cali1eeeeeeeeee", profiles: usual},
 	{
 		iface: "cali22222222222", profiles: usual,
 		tiers: []tier{

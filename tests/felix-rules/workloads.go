@@ -163,19 +163,40 @@ func (r release) workloads() (chains []chain) {
 	return chains
 }
 
-// dispatch leads from an interface to its chain: by a map in nftables; else by rules, in a further chain where names begin
-// with the same letters, as those of the scenario do not.
-func (r release) dispatch(direction direction) []chain {
-	var body []rule
+// dispatch leads from an interface to its chain: by a map in nftables; else by rules, and by a further chain for names that
+// are the same up to one letter after what all have in common.
+func (r release) dispatch(direction direction) (chains []chain) {
+	unknown := do(r.deny(), "Unknown interface")
 	if r.nftables {
-		body = append(body, rule{when: when{nftables: []string{direction.iifOrOif + " vmap @<LAYER>-" + direction.dispatch}, iptables: iptables.MatchCriteria{""}}})
-	} else {
-		for _, of := range endpoints {
-			body = append(body, direction.device(any(), of.iface).do(goTo(direction.endpoint+of.iface)))
-		}
+		lookup := rule{when: when{nftables: []string{direction.iifOrOif + " vmap @<LAYER>-" + direction.dispatch}, iptables: iptables.MatchCriteria{""}}}
+		return []chain{{direction.dispatch, []rule{lookup, unknown}}}
 	}
-	return []chain{{direction.dispatch, append(body, do(r.deny(), "Unknown interface"))}}
+	var beginnings []string
+	alike := map[string][]rule{}
+	for _, of := range endpoints {
+		beginning := of.iface[:len(common)+1]
+		if len(alike[beginning]) == 0 {
+			beginnings = append(beginnings, beginning)
+		}
+		alike[beginning] = append(alike[beginning], direction.device(any(), of.iface).do(goTo(direction.endpoint+of.iface)))
+	}
+	var root []rule
+	for _, beginning := range beginnings {
+		body := alike[beginning]
+		if len(body) == 1 {
+			root = append(root, body...)
+			continue
+		}
+		// Nothing comes back from it.
+		name := direction.dispatch + "-" + beginning[len(common):]
+		root = append(root, direction.device(any(), beginning+"+").do(goTo(name)))
+		chains = append(chains, chain{name, append(body, unknown)})
+	}
+	return append(chains, chain{direction.dispatch, append(root, unknown)})
 }
+
+// What the names of all interfaces of the scenario begin with.
+const common = "cali"
 
 func (r release) endpoint(of endpoint, direction direction) chain {
 	name := direction.endpoint + of.iface

@@ -54,6 +54,40 @@ fn what_no_policy_says_is_told_apart() {
     ]);
 }
 
+/// Of interfaces whose names begin alike, a further chain knows which there are; with nftables, one map of all.
+#[test]
+fn names_that_begin_alike_are_told_apart() {
+    const UNKNOWN: By = Denied(&Cause::UnknownInterface);
+    for shown in all() {
+        let chains = shown.rules.tables.values().flat_map(|table| table.keys());
+        let mut further: Vec<&str> = chains
+            .map(String::as_str)
+            .filter(|name| name.contains("-wl-dispatch-"))
+            .collect();
+        further.sort_unstable();
+        let expected: &[&str] = if shown.is_native {
+            &[]
+        } else {
+            &["cali-from-wl-dispatch-1", "cali-to-wl-dispatch-1"]
+        };
+        assert_eq!(further, expected, "{}", shown.name);
+    }
+    require(&[
+        (to("cali1eeeeeeeeee"), Nobody),
+        (from("cali1eeeeeeeeee"), Nobody),
+        (to("cali1ffffffffff"), UNKNOWN),
+        (from("cali1ffffffffff"), UNKNOWN),
+        (into_node("cali1ffffffffff", POD), UNKNOWN),
+        (
+            Packet {
+                input: Device::Is("cali1eeeeeeeeee"),
+                ..to("cali11111111111")
+            },
+            Policy("NetworkPolicy", "default/deny-all", Ingress, 0),
+        ),
+    ]);
+}
+
 #[test]
 fn a_source_of_another_fails_before_routing() {
     for shown in all() {
