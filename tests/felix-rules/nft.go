@@ -99,7 +99,7 @@ func (r release) nftInput() string {
 	}
 	for _, direction := range []direction{ingress, egress} {
 		line("add map %s calico filter-%s { type ifname : verdict; }", family, direction.dispatch)
-		for _, of := range endpoints {
+		for _, of := range allEndpoints {
 			line(`add element %s calico filter-%s { "%s" : goto filter-%s%s }`, family, direction.dispatch, of.iface, direction.endpoint, of.iface)
 		}
 	}

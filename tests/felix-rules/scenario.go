@@ -1,6 +1,10 @@
 package main
 
-import "github.com/projectcalico/calico/felix/proto"
+import (
+	"strings"
+
+	"github.com/projectcalico/calico/felix/proto"
+)
 
 // What all releases render: the policies, profiles and endpoints of one node. The tests that read the fixtures
 // (`calitrace/src/netfilter/felix`) know them by these names. Of rules for both IPv4 and IPv6 Felix renders what is of either;
@@ -21,10 +25,13 @@ type policy struct {
 func (p *policy) tiered() string {
 	name := p.name
 	switch {
-	case p.kind == "KubernetesNetworkPolicy":
+	case strings.HasSuffix(p.kind, "KubernetesNetworkPolicy"):
 		name = "knp.default." + name
 	case p.tier == "default":
 		name = "default." + name
+	}
+	if p.staged() {
+		name = "staged:" + name
 	}
 	if p.namespace != "" {
 		name = p.namespace + "/" + name
@@ -32,14 +39,29 @@ func (p *policy) tiered() string {
 	return name
 }
 
+// staged policies are only tried out.
+func (p *policy) staged() bool { return strings.HasPrefix(p.kind, "Staged") }
+
 // A group is what Felix makes of policies with the same selector that follow each other.
 type group struct {
 	selector string
 	policies []*policy
 }
 
+// enforced are those that Felix programs: none that are staged (`PolicyToIptablesChains`, `felix/rules/policy.go`).
+func (g group) enforced() (policies []*policy) {
+	for _, of := range g.policies {
+		if !of.staged() {
+			policies = append(policies, of)
+		}
+	}
+	return policies
+}
+
 type tier struct {
-	name    string
+	name string
+	// What none of its policies takes goes on (`defaultAction: Pass`).
+	passes  bool
 	ingress []group
 	egress  []group
 }
@@ -127,6 +149,27 @@ var (
 	}
 
 	policies = []*policy{denyAll, blockedOut, web, allowDNS, onlyDNS, guard, audit, first, second, third, long}
+
+	// In a tier that passes on what its policies do not take.
+	base = &policy{
+		kind: "GlobalNetworkPolicy", tier: "platform", name: "platform.base",
+		inbound: []*proto.Rule{
+			{Action: "allow", Protocol: named("tcp"), DstPorts: ports(9100)},
+			{Action: "deny", Protocol: named("tcp"), DstPorts: ports(9101)},
+		},
+	}
+	// Of each kind one that would deny.
+	draft = &policy{
+		kind: "StagedNetworkPolicy", tier: "default", namespace: "default", name: "draft",
+		inbound: []*proto.Rule{{Action: "deny"}},
+	}
+	draftForAll = &policy{
+		kind: "StagedGlobalNetworkPolicy", tier: "trial", name: "trial.draft-for-all",
+		inbound: []*proto.Rule{{Action: "deny"}},
+	}
+	draftOfKubernetes = &policy{
+		kind: "StagedKubernetesNetworkPolicy", tier: "default", namespace: "default", name: "draft-of-kubernetes",
+	}
 )
 
 var profiles = []profile{
@@ -177,6 +220,35 @@ var endpoints = []endpoint{
 		tiers: []tier{{name: "default", ingress: alone(web)}},
 	},
 	{iface: "caliccccccccccc", profiles: usual, limited: true},
+}
+
+// Endpoints for what v3.28 has not: tiers and what they do at their end, staged policies.
+var tieredEndpoints = []endpoint{
+	{
+		iface: "caliddddddddddd", profiles: usual,
+		tiers: []tier{
+			{name: "trial", ingress: alone(draftForAll)},
+			{name: "default", ingress: []group{{selector: "app == 'draft'", policies: []*policy{draftOfKubernetes, first, draft}}}},
+		},
+	},
+	{
+		iface: "calieeeeeeeeeee", profiles: usual,
+		tiers: []tier{
+			{name: "platform", passes: true, ingress: alone(base)},
+			{name: "default", ingress: alone(second)},
+		},
+	},
+	{
+		iface: "califffffffffff", profiles: usual,
+		tiers: []tier{
+			{name: "platform", passes: true, ingress: alone(base)},
+			{name: "default", ingress: alone(draftOfKubernetes, draft)},
+		},
+	},
+	{
+		iface: "caliggggggggggg",
+		tiers: []tier{{name: "platform", passes: true, ingress: alone(base)}},
+	},
 }
 
 type addresses struct {

@@ -80,7 +80,13 @@ var shortKinds = map[string]string{
 	"NetworkPolicy":           "np",
 	"GlobalNetworkPolicy":     "gnp",
 	"KubernetesNetworkPolicy": "knp",
+
+	"StagedNetworkPolicy":           "snp",
+	"StagedGlobalNetworkPolicy":     "sgnp",
+	"StagedKubernetesNetworkPolicy": "sknp",
 }
+
+var allEndpoints = slices.Concat(endpoints, tieredEndpoints)
 
 // id is what logs and chains call a policy.
 func (r release) id(of *policy) string {
@@ -126,19 +132,19 @@ func prefix(text string) string {
 func (r release) workloads() (chains []chain) {
 	for _, direction := range []direction{ingress, egress} {
 		groups := map[string]bool{}
-		for _, of := range endpoints {
+		for _, of := range allEndpoints {
 			chains = append(chains, r.endpoint(of, direction))
 			for _, in := range of.tiers {
 				for _, group := range direction.of(in) {
 					name := group.chain(r, in.name, direction)
-					if len(group.policies) > 1 && !groups[name] {
+					if len(group.enforced()) > 1 && !groups[name] {
 						groups[name] = true
 						chains = append(chains, r.group(name, group, direction))
 					}
 				}
 			}
 		}
-		for _, of := range policies {
+		for _, of := range append(policies[:len(policies):len(policies)], base) {
 			protoRules := of.inbound
 			if direction.letter == "E" {
 				protoRules = of.outbound
@@ -173,7 +179,7 @@ func (r release) dispatch(direction direction) (chains []chain) {
 	}
 	var beginnings []string
 	alike := map[string][]rule{}
-	for _, of := range endpoints {
+	for _, of := range allEndpoints {
 		beginning := of.iface[:len(common)+1]
 		if len(alike[beginning]) == 0 {
 			beginnings = append(beginnings, beginning)
@@ -227,12 +233,24 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 			continue
 		}
 		body = append(body, do(unmark(passBit), "Start of tier "+in.name))
+		passes := true
 		for _, group := range groups {
-			to := r.policyChain(direction.policies, group.policies[0])
-			if len(group.policies) > 1 {
+			enforced := group.enforced()
+			if len(enforced) == 0 {
+				continue
+			}
+			passes = in.passes
+			to := r.policyChain(direction.policies, enforced[0])
+			if len(enforced) > 1 {
 				to = group.chain(r, in.name, direction)
 			}
 			body = append(body, clear(passBit).do(jump(to)), set(acceptBit).do(back(), "Return if policy accepted"))
+		}
+		if passes {
+			if r.flowLogs {
+				body = append(body, clear(passBit).do(nflog(direction.logGroup, prefix("PP"+direction.letter+"|"+in.name))))
+			}
+			continue
 		}
 		if r.flowLogs {
 			body = append(body, clear(passBit).do(nflog(direction.logGroup, prefix("DP"+direction.letter+"|"+in.name))))
@@ -288,7 +306,7 @@ func (g group) chain(r release, tier string, direction direction) string {
 
 func (r release) group(name string, of group, direction direction) chain {
 	var body []rule
-	for index, policy := range of.policies {
+	for index, policy := range of.enforced() {
 		unless := any()
 		if index > 0 {
 			unless = clear(passBit | acceptBit)

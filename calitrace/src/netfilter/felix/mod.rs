@@ -5,6 +5,7 @@ mod hosts;
 mod others;
 mod policies;
 mod readers;
+mod tiers;
 
 use std::net::IpAddr;
 
@@ -305,7 +306,11 @@ impl Packet {
 
 /// Puts packets to each node's rules: who drops them, and nobody else.
 fn require(cases: &[(Packet, By)]) {
-    for shown in all() {
+    require_of(all(), cases);
+}
+
+fn require_of(several: impl IntoIterator<Item = Shown>, cases: &[(Packet, By)]) {
+    for shown in several {
         for (index, (packet, by)) in cases.iter().enumerate() {
             let expected: Vec<(Cause, bool)> = by.expected(&shown).into_iter().collect();
             assert_eq!(
