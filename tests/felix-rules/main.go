@@ -29,8 +29,8 @@ func run(folder string) error {
 		"ipsets6":              ipsetInput(true),
 		"v3.28/SOURCE":         packagesSource(),
 		"v3.28/plain/iptables": restoreInput(rendered(settings{})),
-		// Without the table raw: of the rules with `REJECT` that Felix has there, the kernel takes none.
-		"v3.28/reject/iptables": restoreInput(rendered(settings{rejects: true})[1:]),
+		// Without the tables raw and mangle: the kernel takes neither with the rules that reject.
+		"v3.28/reject/iptables": restoreInput(rendered(settings{rejects: true})[2:]),
 		"v3.28/ipv6/ip6tables":  restoreInput(rendered(settings{ipv6: true})),
 	}
 	byHand := map[string]release{

@@ -116,16 +116,20 @@ func rendered(as settings) []table {
 			}
 		}
 	}
-	for _, of := range policies {
+	policyChains := func(of *policy) []*iptables.Chain {
 		id := proto.PolicyID{Tier: "default", Name: of.tiered()}
-		filter = append(filter, renderer.PolicyToIptablesChains(&id, &proto.Policy{InboundRules: of.inbound, OutboundRules: of.outbound}, version)...)
+		return renderer.PolicyToIptablesChains(&id, &proto.Policy{InboundRules: of.inbound, OutboundRules: of.outbound}, version)
+	}
+	for _, of := range policies {
+		filter = append(filter, policyChains(of)...)
 	}
 	for _, of := range profiles {
 		inbound, outbound := renderer.ProfileToIptablesChains(&proto.ProfileID{Name: of.name}, &proto.Profile{InboundRules: of.inbound, OutboundRules: of.outbound}, version)
 		filter = append(filter, inbound, outbound)
 	}
 	filter = append(filter, renderer.WorkloadDispatchChains(workloads)...)
-	filter = append(filter, renderer.HostDispatchChains(map[string]proto.HostEndpointID{hostEndpoint: {EndpointId: hostEndpoint}}, "", true)...)
+	onHosts := map[string]proto.HostEndpointID{hostEndpoint: {EndpointId: hostEndpoint}}
+	filter = append(filter, renderer.HostDispatchChains(onHosts, "", true)...)
 	onHost := policyGroups(alone(first), rules.PolicyDirectionInbound)
 	filter = append(filter, renderer.HostEndpointToFilterChains(hostEndpoint, nil, onHost, nil, onHost, nil, nil)...)
 	filter = append(filter, renderer.BlockedCIDRsToIptablesChains(serviceAddresses, version)...)
@@ -134,9 +138,18 @@ func rendered(as settings) []table {
 	nat = append(nat, renderer.NATOutgoingChain(true, version))
 	nat = append(nat, renderer.DNATsToIptablesChains(nil)...)
 	nat = append(nat, renderer.SNATsToIptablesChains(nil)...)
-	mangle := append(renderer.StaticMangleTableChains(version), renderer.FromHostDispatchChains(nil, "")...)
-	mangle = append(mangle, renderer.ToHostDispatchChains(nil, "")...)
-	raw := append(renderer.StaticRawTableChains(version), renderer.HostDispatchChains(nil, "", false)...)
+	mangle := append(renderer.StaticMangleTableChains(version), renderer.FromHostDispatchChains(onHosts, "")...)
+	mangle = append(mangle, renderer.ToHostDispatchChains(onHosts, "")...)
+	mangle = append(mangle, renderer.HostEndpointToMangleIngressChains(hostEndpoint, policyGroups(alone(preDNAT), rules.PolicyDirectionInbound))...)
+	mangle = append(mangle, renderer.HostEndpointToMangleEgressChains(hostEndpoint, nil, nil)...)
+	mangle = append(mangle, policyChains(preDNAT)...)
+	raw := append(renderer.StaticRawTableChains(version), renderer.HostDispatchChains(onHosts, "", false)...)
+	raw = append(raw, renderer.HostEndpointToRawChains(
+		hostEndpoint,
+		policyGroups(alone(untracked), rules.PolicyDirectionInbound),
+		policyGroups(alone(untracked), rules.PolicyDirectionOutbound),
+	)...)
+	raw = append(raw, policyChains(untracked)...)
 	raw = append(raw, &iptables.Chain{Name: rules.ChainRpfSkip})
 
 	return []table{
@@ -151,7 +164,8 @@ func rendered(as settings) []table {
 	}
 }
 
-// A host endpoint, with a policy for what comes from it, to the node and forwarded. Only what Calico's packages render has it.
+// A host endpoint, with a policy for what comes from it, to the node and forwarded, and those of the tables raw and mangle. Only
+// what Calico's packages render has it.
 const hostEndpoint = "eth9"
 
 func policyGroups(groups []group, direction rules.PolicyDirection) (of []*rules.PolicyGroup) {

@@ -150,6 +150,20 @@ var (
 
 	policies = []*policy{denyAll, blockedOut, web, allowDNS, onlyDNS, guard, audit, first, second, third, long}
 
+	// Those of the host endpoint before connections are tracked, and before addresses are translated.
+	untracked = &policy{
+		kind: "GlobalNetworkPolicy", tier: "default", name: "untracked",
+		inbound: []*proto.Rule{
+			{Action: "deny", Protocol: named("tcp"), DstPorts: ports(23)},
+			{Action: "allow", Protocol: named("tcp"), DstPorts: ports(30001)},
+		},
+		outbound: []*proto.Rule{{Action: "deny", Protocol: named("tcp"), DstPorts: ports(23)}},
+	}
+	preDNAT = &policy{
+		kind: "GlobalNetworkPolicy", tier: "default", name: "before-nat",
+		inbound: []*proto.Rule{{Action: "deny", Protocol: named("tcp"), DstPorts: []*proto.PortRange{span(30000, 32767)}}},
+	}
+
 	// In a tier that passes on what its policies do not take.
 	base = &policy{
 		kind: "GlobalNetworkPolicy", tier: "platform", name: "platform.base",

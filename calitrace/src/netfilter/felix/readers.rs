@@ -13,7 +13,7 @@ fn packets_out_of_the_pools_are_masqueraded() {
             })
         };
         // Of nftables' rules those for addresses are not looked at.
-        let of = |answer: bool| (!shown.is_native).then_some(answer);
+        let of = |answer: bool| (!shown.is_native()).then_some(answer);
         assert_eq!(masquerades("8.8.8.8"), of(true), "{}", shown.name);
         assert_eq!(masquerades(ELSEWHERE), of(false), "{}", shown.name);
     }
@@ -35,11 +35,11 @@ fn conditions_are_understood() {
             }
         }
         unknown.sort_unstable();
-        let expected: &[&str] = if shown.is_native {
-            &["filter-cali-OUTPUT", "mangle-cali-POSTROUTING"]
-        } else {
+        let expected: &[&str] = match (shown.is_native(), shown.has_all_tables()) {
+            (true, _) => &["filter-cali-OUTPUT", "mangle-cali-POSTROUTING"],
             // That of the table mangle, and that of nat.
-            &["cali-OUTPUT", "cali-POSTROUTING", "cali-POSTROUTING"]
+            (false, true) => &["cali-OUTPUT", "cali-POSTROUTING", "cali-POSTROUTING"],
+            (false, false) => &["cali-OUTPUT", "cali-POSTROUTING"],
         };
         assert_eq!(unknown, expected, "{}", shown.name);
     }
