@@ -83,8 +83,18 @@ func (w when) fromLocal() when {
 	return w.and("-m addrtype --src-type LOCAL", "fib saddr type local")
 }
 
+type portRange = *proto.PortRange
+
 // toPorts needs the protocol's name for nftables.
-func (w when) toPorts(protocol string, ranges []*proto.PortRange) when {
+func (w when) toPorts(protocol string, ranges ...portRange) when {
+	return w.ports("--destination-ports ", protocol+" dport ", ranges)
+}
+
+func (w when) fromPorts(protocol string, ranges ...portRange) when {
+	return w.ports("--source-ports ", protocol+" sport ", ranges)
+}
+
+func (w when) ports(iptablesWord, nftablesWord string, ranges []portRange) when {
 	var several []string
 	for _, of := range ranges {
 		if of.First == of.Last {
@@ -93,8 +103,8 @@ func (w when) toPorts(protocol string, ranges []*proto.PortRange) when {
 			several = append(several, fmt.Sprintf("%d-%d", of.First, of.Last))
 		}
 	}
-	return w.and("-m multiport --destination-ports "+iptables.PortRangesToMultiport(ranges),
-		protocol+" dport { "+strings.Join(several, ", ")+" }")
+	return w.and("-m multiport "+iptablesWord+iptables.PortRangesToMultiport(ranges),
+		nftablesWord+"{ "+strings.Join(several, ", ")+" }")
 }
 
 // legal is a set's name as nftables takes it (`felix/nftables/ipsets.go`).

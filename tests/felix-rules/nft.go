@@ -17,9 +17,12 @@ import (
 // What is written by hand, as input of `iptables-restore` and of `nft -f`.
 
 func (r release) layers() []layer {
-	filter := r.filterLayer()
+	raw, mangle, filter := rawLayer(), mangleLayer(), r.filterLayer()
+	raw.chains = append(raw.chains, r.hostsInRaw()...)
+	mangle.chains = append(mangle.chains, r.hostsInMangle()...)
+	filter.chains = append(filter.chains, r.hostsInFilter()...)
 	filter.chains = append(filter.chains, r.workloads()...)
-	return []layer{rawLayer(), mangleLayer(), r.natLayer(), filter}
+	return []layer{raw, mangle, r.natLayer(), filter}
 }
 
 // iptables are the layers as tables, for [restoreInput].

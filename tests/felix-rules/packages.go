@@ -164,10 +164,6 @@ func rendered(as settings) []table {
 	}
 }
 
-// A host endpoint, with a policy for what comes from it, to the node and forwarded, and those of the tables raw and mangle. Only
-// what Calico's packages render has it.
-const hostEndpoint = "eth9"
-
 func policyGroups(groups []group, direction rules.PolicyDirection) (of []*rules.PolicyGroup) {
 	for _, group := range groups {
 		made := &rules.PolicyGroup{Tier: "default", Direction: direction, Selector: group.selector}

@@ -6,8 +6,7 @@ import (
 	"github.com/projectcalico/calico/felix/rules"
 )
 
-// Felix' static chains by hand, from `felix/rules/static.go`, `nat.go` and `dispatch.go`. The ports of the failsafe chains
-// are left out: packets come to them from host endpoints only, and here are none.
+// Felix' static chains by hand, from `felix/rules/static.go` and `nat.go`.
 
 // Mark bits, from the default mask 0xffff0000: those of v3.28 and, after the second, one for denied packets, which is not
 // among those that are cleared (`felix/dataplane/driver.go`, `allCalicoMarkBits`).
@@ -40,7 +39,7 @@ func (w when) do(then *action, comments ...string) rule {
 	return rule{when: w, then: then, comments: comments}
 }
 
-func vxlan() when { return any().protocol(udp).toPorts("udp", ports(vxlanPort)) }
+func vxlan() when { return any().protocol(udp).toPorts("udp", ports(vxlanPort)...) }
 
 func rawLayer() layer {
 	untracked := any().protocol("udp").and("-m udp --destination-port 4789", "udp dport 4789").do(notrack())
@@ -65,10 +64,6 @@ func rawLayer() layer {
 				set(acceptBit).do(accept()),
 			}},
 			{name: rules.ChainRpfSkip},
-			{name: rules.ChainDispatchFromHostEndpoint},
-			{name: rules.ChainDispatchToHostEndpoint},
-			{name: rules.ChainFailsafeIn},
-			{name: rules.ChainFailsafeOut},
 			{name: rules.ChainSetWireguardIncomingMark},
 		},
 	}
@@ -91,10 +86,6 @@ func mangleLayer() layer {
 				any().and("-m conntrack --ctstate DNAT", "ct status dnat").do(jump(rules.ChainDispatchToHostEndpoint)),
 				set(acceptBit).do(back(), "Host endpoint policy accepted packet."),
 			}},
-			{name: rules.ChainDispatchFromHostEndpoint},
-			{name: rules.ChainDispatchToHostEndpoint},
-			{name: rules.ChainFailsafeIn},
-			{name: rules.ChainFailsafeOut},
 		},
 	}
 }
@@ -157,12 +148,6 @@ func (r release) filterLayer() layer {
 				set(acceptBit).do(accept(), "Host endpoint policy accepted packet."),
 			)},
 			{rules.ChainCIDRBlock, r.blocked()},
-			{name: rules.ChainDispatchFromHostEndpoint},
-			{name: rules.ChainDispatchToHostEndpoint},
-			{name: rules.ChainDispatchFromHostEndPointForward},
-			{name: rules.ChainDispatchToHostEndpointForward},
-			{name: rules.ChainFailsafeIn},
-			{name: rules.ChainFailsafeOut},
 		},
 	}
 }

@@ -145,12 +145,7 @@ func (r release) workloads() (chains []chain) {
 			}
 		}
 		for _, of := range append(policies[:len(policies):len(policies)], base) {
-			protoRules := of.inbound
-			if direction.letter == "E" {
-				protoRules = of.outbound
-			}
-			body := r.rules(protoRules, "P"+direction.letter, r.id(of), direction.logGroup, r.title(of)+" "+direction.word)
-			chains = append(chains, chain{r.policyChain(direction.policies, of), body})
+			chains = append(chains, r.policy(of, direction))
 		}
 		for _, of := range profiles {
 			protoRules := of.inbound
@@ -167,6 +162,15 @@ func (r release) workloads() (chains []chain) {
 		chains = append(chains, r.dispatch(direction)...)
 	}
 	return chains
+}
+
+func (r release) policy(of *policy, direction direction) chain {
+	protoRules := of.inbound
+	if direction.letter == "E" {
+		protoRules = of.outbound
+	}
+	body := r.rules(protoRules, "P"+direction.letter, r.id(of), direction.logGroup, r.title(of)+" "+direction.word)
+	return chain{r.policyChain(direction.policies, of), body}
 }
 
 // dispatch leads from an interface to its chain: by a map in nftables; else by rules, and by a further chain for names that
@@ -227,7 +231,14 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 			any().protocol(ipip).do(r.deny(), r.denied()+" IPinIP encapped packets originating in workloads"),
 		)
 	}
-	for _, in := range of.tiers {
+	body = append(body, r.tiers(of.tiers, direction, normal)...)
+	return chain{name, append(body, r.profiles(of.profiles, direction)...)}
+}
+
+// tiers are the rules of each that has policies of this direction. Those before connections are tracked or addresses
+// translated drop nothing at their end.
+func (r release) tiers(tiers []tier, direction direction, of purpose) (body []rule) {
+	for _, in := range tiers {
 		groups := direction.of(in)
 		if len(groups) == 0 {
 			continue
@@ -244,7 +255,14 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 			if len(enforced) > 1 {
 				to = group.chain(r, in.name, direction)
 			}
-			body = append(body, clear(passBit).do(jump(to)), set(acceptBit).do(back(), "Return if policy accepted"))
+			body = append(body, clear(passBit).do(jump(to)))
+			if of == beforeTracking {
+				body = append(body, set(acceptBit).do(notrack()))
+			}
+			body = append(body, set(acceptBit).do(back(), "Return if policy accepted"))
+		}
+		if of == beforeTracking || of == beforeTranslation {
+			continue
 		}
 		if passes {
 			if r.flowLogs {
@@ -257,13 +275,18 @@ func (r release) endpoint(of endpoint, direction direction) chain {
 		}
 		body = append(body, clear(passBit).do(r.deny(), "End of tier "+in.name+". "+r.denied()+" if no policies passed packet"))
 	}
-	for _, name := range of.profiles {
+	return body
+}
+
+// profiles are asked last; what none of them allows is dropped.
+func (r release) profiles(names []string, direction direction) (body []rule) {
+	for _, name := range names {
 		body = append(body, do(jump(r.limited(direction.profiles, name))), set(acceptBit).do(back(), "Return if profile accepted"))
 	}
 	if r.flowLogs {
 		body = append(body, do(nflog(direction.logGroup, "DR"+direction.letter)))
 	}
-	return chain{name, append(body, do(r.deny(), r.denied()+" if no profiles matched"))}
+	return append(body, do(r.deny(), r.denied()+" if no profiles matched"))
 }
 
 // packetLimit drops what is more than some packets a second. Iptables marks those that are not, since its limit holds for
@@ -378,7 +401,7 @@ func (r release) conditions(of *proto.Rule) (blocks []rule, match when) {
 		match = match.and("--destination "+of.DstNet[0], "<IPV> daddr "+of.DstNet[0])
 	}
 	if len(of.DstPorts) > 0 {
-		match = match.toPorts(protocol, of.DstPorts)
+		match = match.toPorts(protocol, of.DstPorts...)
 	}
 	if icmp, is := of.Icmp.(*proto.Rule_IcmpType); is {
 		match = r.icmp(match, icmp.IcmpType)

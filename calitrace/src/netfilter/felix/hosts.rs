@@ -1,4 +1,4 @@
-//! Host endpoints: eth9, which only what Calico's packages render has.
+//! The host endpoint, eth9.
 
 use super::*;
 
@@ -10,13 +10,13 @@ fn host_endpoints_have_directions() {
         ..packet
     };
     require(&[
-        (through(to("cali44444444444")), Tiered(&Nobody, &END)),
+        (through(to("cali44444444444")), END),
         (through(to("cali44444444444")).tcp(1111), Nobody),
         (
             through(to("cali11111111111")).tcp(1111),
             Policy("NetworkPolicy", "default/deny-all", Ingress, 0),
         ),
-        (into_node("eth9", ELSEWHERE).tcp(80), Tiered(&Nobody, &END)),
+        (into_node("eth9", ELSEWHERE).tcp(80), END),
         // Failsafe, and of the policy.
         (into_node("eth9", ELSEWHERE).tcp(22), Nobody),
         (into_node("eth9", ELSEWHERE).tcp(1111), Nobody),
@@ -31,10 +31,10 @@ fn host_endpoints_have_directions() {
     ]);
 }
 
-/// Those whose rules the host endpoint has in the tables raw and mangle.
+/// Those with rules in the tables raw and mangle.
 fn with_all_tables() -> impl Iterator<Item = Shown> {
     let all = all().into_iter();
-    all.filter(|shown| shown.release == Release::V3_28 && shown.has_all_tables())
+    all.filter(Shown::has_all_tables)
 }
 
 fn before_routing(port: u16) -> Packet {
@@ -57,8 +57,9 @@ fn from_node(port: u16) -> Packet {
 
 #[test]
 fn policies_before_connections_and_translation_are_named() {
-    const BEFORE: By = Policy("GlobalNetworkPolicy", "before-nat", Ingress, 0);
-    let untracked = |direction| Policy("GlobalNetworkPolicy", "untracked", direction, 0);
+    const BEFORE: By = Elsewhere(&Policy("GlobalNetworkPolicy", "before-nat", Ingress, 0));
+    const INVALID: By = Elsewhere(&Denied(&Cause::Invalid));
+    let untracked = |direction| Untracked("GlobalNetworkPolicy", "untracked", direction);
     let invalid = States(States::INVALID);
     let established = States(States::ESTABLISHED);
     let elsewhere = |port| Packet {
@@ -72,7 +73,7 @@ fn policies_before_connections_and_translation_are_named() {
             // Which know no connections.
             (before_routing(23).states(established), untracked(Ingress)),
             (before_routing(24), Nobody),
-            (before_routing(24).states(invalid), Denied(&Cause::Invalid)),
+            (before_routing(24).states(invalid), INVALID),
             (before_routing(30_002), BEFORE),
             (before_routing(30_002).states(established), Nobody),
             // Allowed by the untracked policy, the other one is not asked.
@@ -91,20 +92,23 @@ fn policies_before_connections_and_translation_are_named() {
 
 #[test]
 fn each_table_has_policies_of_its_own() {
-    let place = |shown: &Shown, packet: Packet| {
-        let culprits = packet.ask(shown, true, |asked| {
-            shown.rules.culprits(asked, &[packet.hook], &shown.sets)
-        });
-        let places = culprits.into_iter();
-        places
-            .map(|culprit| format!("{} {}", culprit.table, culprit.chain))
-            .collect::<Vec<_>>()
-    };
     for shown in with_all_tables() {
-        let of = |packet| place(&shown, packet);
-        assert_eq!(of(before_routing(23)), ["raw cali-pi-default.untracked"]);
-        assert_eq!(of(before_routing(30_002)), ["mangle cali-pi-default.before-nat"]);
-        assert_eq!(of(from_node(23)), ["raw cali-po-default.untracked"]);
-        assert_eq!(of(from_node(24)), ["filter cali-th-eth9"]);
+        // With nftables all are one table, and its chains say which of iptables' they would be in.
+        let of = |packet: Packet| {
+            let culprits = packet.ask(&shown, true, |asked| {
+                shown.rules.culprits(asked, &[packet.hook], &shown.sets)
+            });
+            let tables = culprits
+                .iter()
+                .map(|culprit| match culprit.chain.split_once('-') {
+                    Some((layer, _)) if shown.is_native() => layer.to_owned(),
+                    _ => culprit.table.clone(),
+                });
+            tables.collect::<Vec<_>>()
+        };
+        assert_eq!(of(before_routing(23)), ["raw"], "{}", shown.name);
+        assert_eq!(of(before_routing(30_002)), ["mangle"], "{}", shown.name);
+        assert_eq!(of(from_node(23)), ["raw"], "{}", shown.name);
+        assert_eq!(of(from_node(24)), ["filter"], "{}", shown.name);
     }
 }

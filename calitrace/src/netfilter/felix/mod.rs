@@ -119,6 +119,8 @@ enum By {
     Nobody,
     /// Kind, name, direction, index of the rule.
     Policy(&'static str, &'static str, Direction, u32),
+    /// One whose rules log nothing: kind, name, direction.
+    Untracked(&'static str, &'static str, Direction),
     Profile(&'static str, Direction),
     EndOfTier(&'static str, Direction),
     NoProfile(Direction),
@@ -126,13 +128,17 @@ enum By {
     Denied(&'static Cause),
     /// One that drops whatever is configured.
     Dropped(&'static Cause),
+    /// The same in the tables raw and mangle, where nothing can be rejected.
+    Elsewhere(&'static By),
     /// The one where there are tiers, the other where there are none.
     Tiered(&'static By, &'static By),
     /// The one for IPv4, the other for IPv6.
     Families(&'static By, &'static By),
 }
 
-use self::By::{Denied, Dropped, EndOfTier, Families, NoProfile, Nobody, Policy, Profile, Tiered};
+use self::By::{
+    Denied, Dropped, Elsewhere, EndOfTier, Families, NoProfile, Nobody, Policy, Profile, Tiered, Untracked,
+};
 use Direction::{Egress, Ingress};
 
 impl By {
@@ -151,6 +157,14 @@ impl By {
                     rule: shown.flow_logs.then_some(rule),
                 }
             }
+            Untracked(kind, name, direction) => {
+                let mut cause = Policy(kind, name, direction, 0).cause(shown)?;
+                if let Cause::Policy { rule, .. } = &mut cause {
+                    *rule = None;
+                }
+                cause
+            }
+            Elsewhere(by) => return by.cause(shown),
             Profile(profile, direction) => Cause::Profile {
                 profile: profile.to_owned(),
                 direction: Some(direction),
@@ -185,7 +199,7 @@ impl By {
 
     /// The rule's cause, and whether it answers.
     fn expected(self, shown: &Shown) -> Option<(Cause, bool)> {
-        let rejects = shown.rejects && !matches!(self.of(shown), Dropped(_));
+        let rejects = shown.rejects && !matches!(self.of(shown), Dropped(_) | Elsewhere(_) | Untracked(..));
         Some((self.cause(shown)?, rejects))
     }
 }
