@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, change_rules, goes, with},
+    support::{Watch, change_nftables, change_rules, goes, with},
     test,
 };
 
@@ -162,9 +162,9 @@ fn bad_outer_checksum() -> Result<()> {
     lab.offloads(false)?;
     let (traces, _) = traced(&lab, "icmp", POD1, ping)?;
     all(&traces, "delivered")?;
-    let mut nft = lab.exec("minikube", ["nft", "-f", "-"])?;
-    command::run_with_input(
-        &mut nft,
+    change_nftables(
+        &lab,
+        "minikube",
         "table ip broken {\n chain post {\n  type filter hook postrouting priority 300;\n  udp dport 4789 @th,48,16 set 0xbad\n }\n}\n",
     )?;
     let (traces, text) = traced(&lab, "icmp", POD1, ping)?;

@@ -124,6 +124,12 @@ pub(crate) fn change_rules(lab: &Lab, node: &str, text: &str) -> Result<()> {
     command::run_with_input(&mut load, text).map(drop)
 }
 
+/// Changes what `nft` has on a node, all at once.
+pub(crate) fn change_nftables(lab: &Lab, node: &str, text: &str) -> Result<()> {
+    let mut load = lab.exec(node, ["nft", "-f", "-"])?;
+    command::run_with_input(&mut load, text).map(drop)
+}
+
 /// The addresses of a packet trace's hops, `*` where one is not known.
 pub(crate) fn path(packet: &Value) -> Vec<String> {
     let hops = packet["hops"].as_array().map(Vec::as_slice).unwrap_or_default();
