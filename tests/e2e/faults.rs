@@ -7,17 +7,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{
-    Lab, Options, command,
-    lab::{UNDERLAY, netfilter::Backend},
-    needs::has_drop_reasons,
-};
+use calitrace_tests::{Lab, command, lab::UNDERLAY, needs::has_drop_reasons};
 use serde_json::Value;
 
 use crate::{
     Test,
-    support::{Watch, change_nftables, change_rules, goes, with},
+    support::{change_nftables, change_rules},
     test,
+    traced::{POD1, POD2, all, culprit, datagrams, lab, ping, says, traced},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -32,78 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("a_path_mtu_that_is_told_and_never_heard", unheard),
 ];
 
-const POD1: Ipv4Addr = Ipv4Addr::new(10, 244, 120, 67);
-const POD2: Ipv4Addr = Ipv4Addr::new(10, 244, 205, 193);
 const ELSEWHERE: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
-
-fn lab() -> Result<Lab> {
-    Lab::up(&Options {
-        netfilter: Backend::Nft,
-        ipv6: false,
-        ..Options::default()
-    })
-}
-
-/// The traces of packets from `src` to pod 2 with this protocol that `send` sent, and what the text view said.
-fn traced(
-    lab: &Lab,
-    proto: &str,
-    src: Ipv4Addr,
-    send: impl FnOnce(&Lab) -> Result<()>,
-) -> Result<(Vec<Value>, String)> {
-    let watch = Watch::start(&with(lab, &["-o", "json"]))?;
-    let text = Watch::start(&with(lab, &[]))?;
-    send(lab)?;
-    let packets = watch.stop()?.packets()?;
-    let text = text.stop()?.stdout;
-    let is_one = |packet: &Value| goes(packet, proto, &src.to_string(), &POD2.to_string());
-    let traces: Vec<Value> = packets.into_iter().filter(is_one).collect();
-    ensure!(!traces.is_empty(), "nothing was traced: {text}");
-    Ok((traces, text))
-}
-
-fn all(traces: &[Value], verdict: &str) -> Result<()> {
-    for trace in traces {
-        ensure!(trace["verdict"] == verdict, "{verdict}: {trace:#}");
-    }
-    Ok(())
-}
-
-fn says(text: &str, sentence: &str) -> Result<()> {
-    let mut lines = text.lines();
-    ensure!(
-        lines.any(|line| line.trim().starts_with(sentence)),
-        "{sentence}\nis not in\n{text}"
-    );
-    Ok(())
-}
-
-fn culprit(trace: &Value, node: &str, cause: &str) -> Result<()> {
-    let drop = &trace["drop"];
-    let culprits = drop["culprits"].as_array().context("culprits")?;
-    ensure!(
-        drop["node"] == node && culprits.len() == 1 && culprits[0]["cause"] == cause,
-        "{cause} on {node}: {trace:#}"
-    );
-    Ok(())
-}
-
-fn ping(lab: &Lab) -> Result<()> {
-    lab.ping("pod1", POD2.into(), 3, &[]).map(drop)
-}
-
-fn datagrams(lab: &Lab, src: Ipv4Addr, count: u32) -> Result<()> {
-    let server = lab.udp_server("pod2", 5353, false)?;
-    let socket = lab
-        .namespace("pod1")?
-        .within(|| UdpSocket::bind((src, 0)).context("bind a socket"))?;
-    for number in 0..count {
-        socket
-            .send_to(&[u8::try_from(number % 256)?; 1_000], (POD2, 5353))
-            .context("send a datagram")?;
-    }
-    server.stop().map(drop)
-}
 
 /// An answer to nothing. The twin is a question.
 fn invalid() -> Result<()> {
@@ -275,12 +201,7 @@ fn queue() -> Result<()> {
     all(&traces, "delivered")?;
     let shape = "tc qdisc add dev eth0 root tbf rate 1mbit burst 4000 limit 20000";
     command::run(&mut lab.exec("minikube", shape.split(' '))?)?;
-    let (traces, _) = traced(&lab, "udp", POD1, |lab| {
-        datagrams(lab, POD1, COUNT)?;
-        // 20 kB leave at 1 Mbit/s.
-        std::thread::sleep(Duration::from_millis(500));
-        Ok(())
-    })?;
+    let (traces, _) = traced(&lab, "udp", POD1, |lab| datagrams(lab, POD1, COUNT))?;
     ensure!(traces.len() == COUNT as usize, "{} traces", traces.len());
     let mut show = lab.exec("minikube", ["tc", "-s", "qdisc", "show", "dev", "eth0"])?;
     let counters = command::text(&command::run(&mut show)?);

@@ -19,6 +19,7 @@ mod faults;
 mod flood;
 mod functions;
 mod leftovers;
+mod limits;
 mod log;
 mod logged;
 mod merged;
@@ -30,8 +31,10 @@ mod scope;
 mod support;
 mod tools;
 mod topology;
+mod traced;
 mod tunnels;
 mod underlay;
+mod uplinks;
 
 use std::process::ExitCode;
 
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
             causes::TESTS,
             drops::TESTS,
             faults::TESTS,
+            limits::TESTS,
             log::TESTS,
             logged::TESTS,
             merged::TESTS,
@@ -60,6 +64,7 @@ fn main() -> ExitCode {
             between::TESTS,
             tunnels::TESTS,
             underlay::TESTS,
+            uplinks::TESTS,
             flood::TESTS,
             functions::TESTS,
             failures::TESTS,

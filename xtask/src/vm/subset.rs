@@ -43,6 +43,8 @@ const TESTS: [(&str, &[&str]); 5] = [
             "a_policy_of_nftables_that_denies",
             "flow_logs_tell_which_of_two_in_iptables_nft",
             "a_thousand_packets_of_many_fates",
+            "a_thousand_packets_with_nftables",
+            "more_packets_than_the_kernel_takes_in",
             "a_service_is_one_trace",
             "masquerading_to_the_outside",
             "answers_from_the_outside",

@@ -137,7 +137,10 @@ fn meaning(report: &DropReport) -> Option<String> {
         }
         (reason, _) => match &report.route {
             Some(route) => Some(dead_end(route)),
-            None => known(reason?).map(str::to_owned),
+            None => reason
+                .and_then(known)
+                .or_else(|| report.location.as_deref().and_then(known_place))
+                .map(str::to_owned),
         },
     }
 }
@@ -152,6 +155,24 @@ fn dead_end(route: &DeadEnd) -> String {
     }
 }
 
+const XDP: &str = "an XDP program of the interface";
+
+/// Functions that say what their reason does not: XDP programs have none up to 6.18 (`do_xdp_generic`, `net/core/dev.c`;
+/// `veth_xdp_rcv_skb`, `drivers/net/veth.c`, in 5.10 within `veth_poll`, which frees nothing else). What a NIC's driver drops is
+/// no `sk_buff` yet, and nobody sees it.
+fn known_place(location: &str) -> Option<&'static str> {
+    matches!(
+        location,
+        "do_xdp_generic"
+            | "netif_receive_generic_xdp"
+            | "bpf_prog_run_generic_xdp"
+            | "veth_xdp_rcv_skb"
+            | "veth_xdp_rcv"
+            | "veth_poll"
+    )
+    .then_some(XDP)
+}
+
 /// The reasons one meets on a Calico node (include/net/dropreason-core.h, Linux 6.18).
 fn known(reason: &str) -> Option<&'static str> {
     Some(match reason {
@@ -162,7 +183,7 @@ fn known(reason: &str) -> Option<&'static str> {
         "NEIGH_FAILED" | "NEIGH_QUEUEFULL" => "the next hop does not answer ARP",
         "QDISC_DROP" | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
         "TC_INGRESS" | "TC_EGRESS" => "a TC program",
-        "XDP" => "an XDP program",
+        "XDP" => XDP,
         "SOCKET_RCVBUFF" => "the receiver's socket buffer is full",
         "IP_CSUM" | "TCP_CSUM" | "UDP_CSUM" | "ICMP_CSUM" => "bad checksum",
         "DEV_READY" => "the device is down",

@@ -2,6 +2,8 @@
 //! pass, attached the way Felix attaches its own (`felix/bpf/tc/attach.go`, Calico 3.31). And what else it does to the
 //! programs of others. Loaded by bpf(2) from a dozen instructions, so that nothing of the program under test is in it.
 
+pub mod xdp;
+
 use std::ffi::CString;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -38,7 +40,7 @@ pub enum Side {
     Egress,
 }
 
-/// A program that was attached by TCX; detached when dropped.
+/// A program that was attached by a link; detached when dropped.
 #[derive(Debug)]
 pub struct Attached {
     _link: OwnedFd,
@@ -74,21 +76,30 @@ fn attach_with(
     action: Action<'_>,
     flags: u32,
 ) -> Result<Attached> {
-    let link = namespace.within(|| {
-        let program = load(to, action)?;
-        let mut attributes = LinkCreate {
-            program: program.as_raw_fd().cast_unsigned(),
-            target: index(interface)?,
-            attach_type: attach_type(side),
+    let attached = namespace.within(|| {
+        link(
+            &load(SCHED_CLS, &program(to, action)?)?,
+            interface,
+            attach_type(side),
             flags,
-            rest: [0; 8],
-        };
-        let link = bpf(LINK_CREATE, &mut attributes).context("BPF_LINK_CREATE")?;
-        // SAFETY: the kernel has just given this descriptor to us and nobody else.
-        Ok(unsafe { OwnedFd::from_raw_fd(link) })
+        )
     });
+    attached.with_context(|| format!("attach a stand-in to {interface} in {}", namespace.name()))
+}
+
+/// In the namespace of the calling thread.
+fn link(program: &OwnedFd, interface: &str, attach_type: u32, flags: u32) -> Result<Attached> {
+    let mut attributes = LinkCreate {
+        program: program.as_raw_fd().cast_unsigned(),
+        target: index(interface)?,
+        attach_type,
+        flags,
+        rest: [0; 8],
+    };
+    let link = bpf(LINK_CREATE, &mut attributes).context("BPF_LINK_CREATE")?;
     Ok(Attached {
-        _link: link.with_context(|| format!("attach a stand-in to {interface} in {}", namespace.name()))?,
+        // SAFETY: the kernel has just given this descriptor to us and nobody else.
+        _link: unsafe { OwnedFd::from_raw_fd(link) },
     })
 }
 
@@ -103,7 +114,7 @@ pub fn attach_filter(
     priority: u16,
 ) -> Result<()> {
     let attached = namespace.within(|| {
-        let program = load(to, action)?;
+        let program = load(SCHED_CLS, &program(to, action)?)?;
         add_filter(index(interface)?, side, &program, priority)
     });
     attached.with_context(|| format!("add a stand-in's filter to {interface} in {}", namespace.name()))
@@ -182,13 +193,12 @@ struct ProgramLoad {
     name: [u8; 16],
 }
 
-fn load(to: Ipv4Addr, action: Action<'_>) -> Result<OwnedFd> {
-    let instructions = program(to, action)?;
+fn load(program_type: u32, instructions: &[Instruction]) -> Result<OwnedFd> {
     let mut log = vec![0_u8; 1 << 16];
     let mut name = [0; 16];
     name[..NAME.len()].copy_from_slice(NAME.as_bytes());
     let mut attributes = ProgramLoad {
-        program_type: SCHED_CLS,
+        program_type,
         instruction_count: u32::try_from(instructions.len())?,
         instructions: instructions.as_ptr() as u64,
         license: c"GPL".as_ptr() as u64,
@@ -245,14 +255,17 @@ const REDIRECT_PEER: i32 = 155;
 const TC_ACT_UNSPEC: i32 = -1;
 const TC_ACT_SHOT: i32 = 2;
 
-/// The program, in the notation of the kernel's verifier beside each instruction.
-fn program(to: Ipv4Addr, action: Action<'_>) -> Result<Vec<Instruction>> {
-    let code = |code, to: u8, from: u8, offset, immediate| Instruction {
+const fn code(code: u8, to: u8, from: u8, offset: i16, immediate: i32) -> Instruction {
+    Instruction {
         code,
         registers: from << 4 | to,
         offset,
         immediate,
-    };
+    }
+}
+
+/// The program, in the notation of the kernel's verifier beside each instruction.
+fn program(to: Ipv4Addr, action: Action<'_>) -> Result<Vec<Instruction>> {
     let of_network = |value: u16| i32::from(value.to_be());
     let set = |register, value| code(0xb7, register, 0, 0, value); // r = value
     let exit = code(0x95, 0, 0, 0, 0);
