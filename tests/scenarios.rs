@@ -172,10 +172,14 @@ fn losses(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
     if let Some(lost) = &trace.lost {
         writeln!(
             text,
-            "  lost between {} {} and {}, carried by {}",
+            "  lost between {} {} and {}{}, carried by {}",
             name(lost.node.as_deref()),
             name(lost.interface.as_deref()),
             name(lost.next_node.as_deref()),
+            lost.xdp
+                .as_ref()
+                .map(|xdp| format!(" with an XDP program at {xdp}"))
+                .unwrap_or_default(),
             lost.encap
                 .map_or_else(|| "nothing".to_owned(), |kind| format!("{kind:?}"))
         )?;

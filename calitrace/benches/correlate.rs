@@ -103,6 +103,7 @@ fn facts() -> Vec<Item> {
                 role,
                 mtu: 1480,
                 addresses: Vec::new(),
+                xdp: false,
                 gone: false,
             }));
             facts.push(Fact::Attachment(Attachment {

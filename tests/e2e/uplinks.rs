@@ -8,9 +8,9 @@ use calitrace_tests::stand_in::xdp::{self, Mode};
 
 use crate::{
     Test,
-    support::change_rules,
+    support::{change_rules, run, with},
     test,
-    traced::{POD1, all, culprit, lab, ping, says, traced},
+    traced::{POD1, POD2, all, culprit, lab, ping, says, traced},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -31,6 +31,15 @@ fn by_xdp(mode: Mode) -> Result<()> {
     all(&traces, "delivered")?;
     drop(denies);
     let _denies = xdp::attach(&node, "eth0", NODE, mode)?;
+    let path = run(&with(
+        &lab,
+        &["topology", "--from", &POD1.to_string(), "--to", &POD2.to_string()],
+    ))?;
+    ensure!(
+        path.stdout
+            .contains("What XDP programs do in the drivers of eth0 of minikube-m02: "),
+        "{path:?}"
+    );
     let (traces, text) = traced(&lab, "icmp", POD1, ping)?;
     ensure!(traces.len() == 3, "{traces:#?}");
     all(&traces, "dropped")?;

@@ -324,6 +324,7 @@ mod tests {
             vlan: None,
             vxlan: None,
             ipip: None,
+            xdp: false,
         }
     }
 

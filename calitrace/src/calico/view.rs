@@ -300,6 +300,7 @@ impl NodeView {
                 role,
                 mtu: link.mtu,
                 addresses,
+                xdp: link.xdp,
                 gone: false,
             })
         };

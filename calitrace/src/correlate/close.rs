@@ -199,13 +199,13 @@ fn sighting(
 fn lost_report(open: &Open, topology: &Topology) -> LostReport {
     let last = open.last();
     let next = match topology.next(last.node, last.encap.as_deref(), open.current().dst) {
-        Next::Node(node) => topology.name(node).cloned(),
+        Next::Node(node) => Some(node),
         Next::Unobserved => None,
     };
     LostReport {
         node: topology.name(last.node).cloned(),
         interface: topology.interface_name(last.netns, last.ifindex).cloned(),
-        next_node: next,
+        next_node: next.and_then(|node| topology.name(node).cloned()),
         elapsed_ns: last.time.saturating_sub(open.first().time),
         encap: match &last.encap {
             Some(encap) => Some(encap.kind),
@@ -213,6 +213,7 @@ fn lost_report(open: &Open, topology: &Topology) -> LostReport {
                 .is_encrypted(last.node, last.ifindex)
                 .then_some(EncapKind::Wireguard),
         },
+        xdp: next.and_then(|node| topology.shielded_uplink(node).cloned()),
     }
 }
 

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 
 use super::{Name, firewall::Firewall, ledger::Ledgers};
 use crate::event::{
-    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Route, RouteKind,
+    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
     machine_of,
 };
 
@@ -60,6 +60,8 @@ pub(super) struct Beyond {
 pub(super) struct Device {
     pub(super) name: Name,
     pub(super) mtu: u32,
+    /// It is an uplink with an XDP program.
+    shields: bool,
 }
 
 #[derive(Debug, Default)]
@@ -186,6 +188,7 @@ impl Topology {
                 Device {
                     name: interface.name.as_str().into(),
                     mtu: interface.mtu,
+                    shields: interface.xdp && interface.role == Role::Uplink,
                 },
             );
         }
@@ -289,6 +292,13 @@ impl Topology {
     /// An interface of a node.
     pub(super) fn device(&self, node: Netns, ifindex: u32) -> Option<&Device> {
         self.nodes.get(&node)?.interfaces.get(&ifindex)
+    }
+
+    /// An uplink of the node at which an XDP program decides before all hooks what comes in.
+    pub(super) fn shielded_uplink(&self, node: Netns) -> Option<&Name> {
+        let interfaces = self.nodes.get(&node)?.interfaces.values();
+        let shielded = interfaces.filter(|device| device.shields);
+        shielded.map(|device| &device.name).min()
     }
 
     /// The pod that has `address` in `cluster`: a living one before one that is gone.

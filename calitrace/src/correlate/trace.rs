@@ -171,6 +171,8 @@ pub struct LostReport {
     pub elapsed_ns: u64,
     /// How it was carried; null without encapsulation.
     pub encap: Option<EncapKind>,
+    /// The next node's uplink with an XDP program, which may have dropped it where no hook sees it; null without one.
+    pub xdp: Option<Name>,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further

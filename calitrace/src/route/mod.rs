@@ -49,6 +49,8 @@ pub struct Link {
     pub vxlan: Option<Vxlan>,
     /// Local and remote address of an IPIP device, unspecified addresses left out.
     pub ipip: Option<Ipip>,
+    /// An XDP program runs there (`IFLA_XDP_ATTACHED`), in the driver or behind it.
+    pub xdp: bool,
 }
 
 /// Settings of a VXLAN device.

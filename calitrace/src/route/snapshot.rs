@@ -7,7 +7,10 @@ use ipnet::IpNet;
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage},
-    link::{InfoData, InfoIpTunnel, InfoVlan, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage},
+    link::{
+        InfoData, InfoIpTunnel, InfoVlan, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage, LinkXdp,
+        XdpAttached,
+    },
     neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage},
     route::{
         RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteMetric, RouteNextHopFlags, RouteType,
@@ -140,6 +143,7 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
             LinkAttribute::Controller(master) if master != 0 => link.master = Some(master),
             LinkAttribute::Link(peer) if peer != 0 => link.link = Some(peer),
             LinkAttribute::LinkNetNsId(id) if id >= 0 => link.link_netnsid = Some(id),
+            LinkAttribute::Xdp(settings) => link.xdp = settings.iter().any(is_attached),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     match info {
@@ -155,6 +159,10 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         }
     }
     Some(link)
+}
+
+fn is_attached(setting: &LinkXdp) -> bool {
+    matches!(setting, LinkXdp::Attached(how) if *how != XdpAttached::None)
 }
 
 fn vlan(settings: &[InfoVlan]) -> Option<u16> {

@@ -58,6 +58,7 @@ impl Node {
                 role,
                 mtu,
                 addresses: Vec::new(),
+                xdp: false,
                 gone: false,
             });
         }

@@ -1,7 +1,11 @@
 //! What calitrace would not see of a packet on a path, as far as the nodes' devices and routes tell.
 
 use super::{Outcome, Path};
-use crate::{calico::view::NodeView, event::EncapKind, route::Link};
+use crate::{
+    calico::view::NodeView,
+    event::{EncapKind, Role},
+    route::Link,
+};
 
 /// The devices of Calico's eBPF dataplane in a node (`felix/dataplane/linux/dataplanedefs/dataplane_defs.go`, Calico 3.34).
 const EBPF_DEVICES: [&str; 2] = ["bpfin.cali", "bpfout.cali"];
@@ -21,6 +25,13 @@ pub(super) fn told(nodes: &[NodeView], path: &Path) -> Vec<String> {
             "What Calico's eBPF dataplane on {} hands on past the hooks: netfilter, and for many packets the node's end of the \
              receiver's interface; such a hop is inferred.",
             ebpf.join(", ")
+        ));
+    }
+    let shielded: Vec<String> = observed.iter().filter_map(|node| shielded(node)).collect();
+    if !shielded.is_empty() {
+        told.push(format!(
+            "What XDP programs do in the drivers of {}: such packets reach no hook, and one that is dropped there is called lost.",
+            shielded.join(", ")
         ));
     }
     let hidden = match path.encap {
@@ -57,6 +68,16 @@ pub(super) fn told(nodes: &[NodeView], path: &Path) -> Vec<String> {
         ));
     }
     told
+}
+
+/// The node's uplinks with XDP programs.
+fn shielded(node: &NodeView) -> Option<String> {
+    let uplinks = node
+        .interfaces
+        .iter()
+        .filter(|interface| interface.xdp && interface.role == Role::Uplink);
+    let names: Vec<&str> = uplinks.map(|uplink| uplink.name.as_str()).collect();
+    (!names.is_empty()).then(|| format!("{} of {}", names.join(" and "), node.node.name))
 }
 
 /// Felix's own pair of devices, or its tunnel as it makes it for eBPF programs.

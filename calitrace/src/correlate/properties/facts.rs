@@ -187,6 +187,7 @@ fn interfaces(netns: Netns, facts: &mut Vec<Fact>) {
             role,
             mtu: 1450,
             addresses: Vec::new(),
+            xdp: false,
             gone: false,
         }));
         for hook in hooks {

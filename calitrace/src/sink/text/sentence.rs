@@ -267,12 +267,17 @@ fn lost(packet: &PacketTrace) -> String {
         Some(EncapKind::Wireguard) => "WireGuard (UDP) is",
         None => "such packets are",
     };
+    let xdp = report
+        .xdp
+        .as_ref()
+        .map(|device| format!("dropped by the XDP program at its {device}, "));
     format!(
-        "✗ lost between {}{} (sent {time} UTC) and {} (nothing lost in the ledgers): {carrier} filtered on the way, \
+        "✗ lost between {}{} (sent {time} UTC) and {} (nothing lost in the ledgers): {carrier} {}filtered on the way, \
          or the node is down",
         name(&report.node),
         interface.unwrap_or_default(),
         name(&report.next_node),
+        xdp.unwrap_or_default(),
     )
 }
 

@@ -114,8 +114,11 @@ fn a_lost_packet_ends_with_where_when_and_why_perhaps() {
         next_node: Some("minikube-m02".into()),
         elapsed_ns: 5_000,
         encap: Some(EncapKind::Ipip),
+        xdp: None,
     });
-    insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
+    trace.lost.as_mut().unwrap().xdp = Some("eth0".into());
+    insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is dropped by the XDP program at its eth0, filtered on the way, or the node is down");
 }
 
 #[test]
