@@ -7,7 +7,11 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, command, lab::UNDERLAY, needs::has_drop_reasons};
+use calitrace_tests::{
+    Encapsulation, Lab, Need, Options, command,
+    lab::{UNDERLAY, netfilter::Backend},
+    needs::has_drop_reasons,
+};
 use serde_json::Value;
 
 use crate::{
@@ -19,7 +23,10 @@ use crate::{
 
 pub(crate) const TESTS: &[Test] = &[
     test("a_packet_that_conntrack_calls_invalid", invalid),
-    test("a_tunnel_packet_of_a_stranger", stranger),
+    test("a_tunnel_packet_of_a_stranger", || stranger(Encapsulation::Vxlan)),
+    test("a_tunl0_packet_of_a_stranger", || stranger(Encapsulation::Ipip))
+        .needs(&[Need::Encapsulation(Encapsulation::Ipip)]),
+    test("a_route_that_leads_nowhere", unreachable),
     test("a_source_that_the_kernel_filters", reverse_path),
     test("a_queue_that_is_full", queue),
     test("a_packet_lost_between_two_nodes", lost),
@@ -125,16 +132,24 @@ fn raw_icmp() -> Result<UdpSocket> {
 }
 
 /// A node that Felix does not know on another one: the outer packet is dropped there, and the trace is the pod's.
-fn stranger() -> Result<()> {
-    let lab = lab()?;
+fn stranger(encapsulation: Encapsulation) -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation,
+        netfilter: Backend::Nft,
+        ipv6: false,
+        ..Options::default()
+    })?;
+    let (packets, name) = match encapsulation {
+        Encapsulation::Ipip => ("-p 4", "IPIP"),
+        _ => ("-p udp -m udp --dport 4789", "IPv4 VXLAN"),
+    };
     let (traces, _) = traced(&lab, "icmp", POD1, ping)?;
     all(&traces, "delivered")?;
-    let port = "-p udp -m udp --dport 4789";
     change_rules(
         &lab,
         "minikube-m02",
         &format!(
-            "*filter\n-D cali-INPUT {port} -m comment --comment \"Allow IPv4 VXLAN packets from allowed hosts\" \
+            "*filter\n-D cali-INPUT {packets} -m comment --comment \"Allow {name} packets from allowed hosts\" \
              -s 192.168.49.2/32 -m addrtype --dst-type LOCAL -j ACCEPT\nCOMMIT\n"
         ),
     )?;
@@ -146,6 +161,41 @@ fn stranger() -> Result<()> {
     says(
         &text,
         "✗ dropped on node minikube-m02 at eth0: encapsulated by a host that is not known as a node of the cluster",
+    )
+}
+
+/// A node told so by a route. The twin has the usual one.
+fn unreachable() -> Result<()> {
+    let lab = lab()?;
+    let (traces, _) = traced(&lab, "icmp", POD1, ping)?;
+    all(&traces, "delivered")?;
+    lab.namespace("minikube")?
+        .ip(&format!("route add unreachable {POD2}/32\n"))?;
+    let (traces, text) = traced(&lab, "icmp", POD1, ping)?;
+    all(&traces, "rejected")?;
+    for trace in &traces {
+        let (drop, answer) = (&trace["drop"], &trace["answer"]);
+        // ICMP host unreachable (RFC 792).
+        ensure!(
+            answer["icmp"] == serde_json::json!([3, 1]) && answer["address"] == "10.244.120.64",
+            "{trace:#}"
+        );
+        ensure!(
+            drop["node"] == "minikube" && drop["route"]["kind"] == "unreachable",
+            "{trace:#}"
+        );
+    }
+    let reason = if has_drop_reasons() {
+        "NOT_SPECIFIED at ip_error"
+    } else {
+        "at ip_error"
+    };
+    says(
+        &text,
+        &format!(
+            "✗ rejected on node minikube at cali8d02ed71817: the route {POD2}/32 leads nowhere, {reason}; 10.244.120.64 sent ICMP \
+             host unreachable to {POD1}"
+        ),
     )
 }
 

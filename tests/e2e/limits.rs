@@ -150,6 +150,7 @@ fn connections(backend: Backend) -> Result<()> {
     // Those of before have ended.
     command::run(&mut lab.exec("minikube-m02", ["conntrack", "-F"])?)?;
     let watch = Watch::start(&with(&lab, &["-o", "json"]))?;
+    let text = Watch::start(&with(&lab, &[]))?;
     let streams = connect()?;
     let through = streams.iter().flatten().count();
     ensure!(through == MOST, "{through} of {COUNT} got through");
@@ -166,6 +167,17 @@ fn connections(backend: Backend) -> Result<()> {
         );
     }
     drop((streams, listener));
+    let text = text.stop()?.stdout;
+    let sentence = text
+        .lines()
+        .find(|line| line.starts_with("✗ rejected on node minikube-m02"));
+    ensure!(
+        sentence.is_some_and(|sentence| {
+            sentence.contains(": more packets or connections (ingress) than the pod may have · netfilter")
+                && sentence.ends_with("; the node sent a TCP reset in the name of 10.244.205.193")
+        }),
+        "{text}"
+    );
     Ok(())
 }
 

@@ -203,11 +203,23 @@ fn rejected(packet: &PacketTrace) -> String {
         (_, Some((icmp_type, code))) => unreachable(icmp_type, code),
         _ => "ICMP unreachable".to_owned(),
     };
-    format!(
-        "✗ rejected by {}: {how}{}",
-        answer.address,
-        unheard(packet, answer, "")
-    )
+    let end = unheard(packet, answer, "");
+    // Else it came to whoever answered: a port nobody listens at.
+    let refused = packet
+        .drop
+        .as_ref()
+        .filter(|report| !report.culprits.is_empty() || report.route.is_some());
+    let Some(report) = refused else {
+        return format!("✗ rejected by {}: {how}{end}", answer.address);
+    };
+    // Netfilter resets connections in the receiver's name (`nf_send_reset`, `net/ipv4/netfilter/nf_reject_ipv4.c`).
+    let is_forged = answer.kind == AnswerKind::Reset && report.culprits.iter().any(|culprit| culprit.rejects);
+    let told = if is_forged {
+        format!("the node sent a {how} in the name of {}", answer.address)
+    } else {
+        format!("{} sent {how} to {}", answer.address, packet.flow.flow.src)
+    };
+    format!("✗ rejected{}; {told}{end}", place_and_reason(packet, report))
 }
 
 /// What became of an answer that the sender never got, and what that makes of it.

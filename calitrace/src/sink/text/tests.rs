@@ -16,6 +16,7 @@ use crate::{
         Verdict,
     },
     event::{EncapKind, Ledger, LedgerRow, RouteKind, Transport},
+    netfilter::{self, Cause, Culprit},
     view::sample,
 };
 
@@ -137,6 +138,35 @@ fn a_packet_that_is_too_large_ends_with_where_and_who_told() {
     insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube before tunl0: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
     trace.drop = None;
     insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.120.64: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
+}
+
+#[test]
+fn a_rule_that_rejects_is_named_with_who_answers() {
+    let mut trace = sample::denied(0);
+    trace.verdict = Verdict::Rejected;
+    trace.answer = Some(Answer {
+        kind: AnswerKind::Unreachable,
+        address: "10.244.120.64".parse().unwrap(),
+        rtt_ns: None,
+        icmp: Some((3, 3)),
+        mtu: None,
+        dropped: None,
+    });
+    trace.drop.as_mut().unwrap().culprits = vec![Culprit {
+        cause: Cause::NoProfile {
+            direction: Some(netfilter::Direction::Egress),
+        },
+        table: "filter".into(),
+        chain: "cali-fw-cali8d02ed71817".into(),
+        rejects: true,
+    }];
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: no profile (egress) allows the packet · netfilter FORWARD, NETFILTER_DROP at nft_do_chain; 10.244.120.64 sent ICMP port unreachable to 10.244.120.67");
+    let answer = trace.answer.as_mut().unwrap();
+    (answer.kind, answer.icmp, answer.address) = (AnswerKind::Reset, None, "10.244.205.193".parse().unwrap());
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: no profile (egress) allows the packet · netfilter FORWARD, NETFILTER_DROP at nft_do_chain; the node sent a TCP reset in the name of 10.244.205.193");
+    // It came to its receiver.
+    trace.drop = None;
+    insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.205.193: TCP reset");
 }
 
 #[test]
