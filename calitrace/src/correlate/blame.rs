@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{
-    Name,
+    AnswerKind, Name,
     firewall::Firewall,
     open::{Open, Seen},
     timers::MILLISECOND,
@@ -61,6 +61,10 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
                 culprits = vec![culprit];
             }
         }
+        // Who drops it does not answer.
+        if is_refused(open) && culprits.iter().any(|culprit| culprit.rejects) {
+            culprits.retain(|culprit| culprit.rejects);
+        }
         let before = match output {
             At::Is(name) => Some(name),
             At::None | At::Unknown => None,
@@ -99,6 +103,12 @@ pub(super) fn of<'a>(open: &Open, topology: &'a Topology) -> Blame<'a> {
         route,
         ..Blame::default()
     }
+}
+
+/// Whether an answer came back that says no.
+fn is_refused(open: &Open) -> bool {
+    let answer = open.answered.as_ref().map(|answered| answered.kind);
+    matches!(answer, Some(AnswerKind::Unreachable | AnswerKind::Reset))
 }
 
 /// The rules that may have dropped it.

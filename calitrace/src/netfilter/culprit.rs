@@ -37,6 +37,15 @@ pub enum Direction {
     Egress,
 }
 
+/// What a pod may have so much of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limited {
+    /// Packets a second.
+    Packets,
+    /// Connections at a time.
+    Connections,
+}
+
 /// Which policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyName {
@@ -85,8 +94,10 @@ pub enum Cause {
     UnknownInterface,
     /// The endpoint is disabled.
     AdminDown,
-    /// More packets a second, or more connections, than the pod may have (Felix' controls of quality of service).
+    /// More than the pod may have (Felix' controls of quality of service).
     Limit {
+        /// Of what.
+        of: Limited,
         /// To the pod or from it.
         direction: Option<Direction>,
     },
@@ -147,9 +158,13 @@ impl fmt::Display for Culprit {
                 .write_str("no rule but the one for INVALID: conntrack finds its checksum or header broken"),
             Cause::UnknownInterface => formatter.write_str("Felix has no rules for the interface (yet)"),
             Cause::AdminDown => formatter.write_str("the endpoint is disabled"),
-            Cause::Limit { direction: way } => write!(
+            Cause::Limit { of, direction: way } => write!(
                 formatter,
-                "more packets or connections{} than the pod may have",
+                "more {}{} than the pod may have",
+                match of {
+                    Limited::Packets => "packets a second",
+                    Limited::Connections => "connections",
+                },
                 direction(way)
             ),
             Cause::EncapsulatedByPod => formatter.write_str("pods must not send encapsulated packets"),
@@ -234,7 +249,7 @@ impl Serialize for Culprit {
                 tier: name,
                 direction,
             } => (Some(name), None, *direction, None),
-            Cause::NoProfile { direction } | Cause::Limit { direction } => (None, None, *direction, None),
+            Cause::NoProfile { direction } | Cause::Limit { direction, .. } => (None, None, *direction, None),
             _ => (None, None, None, None),
         };
         Fields {
@@ -352,8 +367,12 @@ fn cause(name: &str, chain: &Chain, index: usize) -> Cause {
     if says("Endpoint admin disabled") {
         return Cause::AdminDown;
     }
-    if says("packet rate limit") || says("connection limit") {
-        return Cause::Limit { direction };
+    let limits = [
+        ("packet rate limit", Limited::Packets),
+        ("connection limit", Limited::Connections),
+    ];
+    if let Some((_, of)) = limits.into_iter().find(|(end, _)| says(end)) {
+        return Cause::Limit { of, direction };
     }
     if says("encapped packets originating in workloads") {
         return Cause::EncapsulatedByPod;

@@ -17,7 +17,7 @@ mod sets;
 mod translated;
 mod walk;
 
-pub use culprit::{Cause, Culprit, Direction, PolicyName};
+pub use culprit::{Cause, Culprit, Direction, Limited, PolicyName};
 pub use logged::{Action, By, Logged, Logger};
 pub use nft::compact as compact_nft;
 pub use packet::{Asked, Device, States};

@@ -111,18 +111,28 @@ fn a_source_of_another_fails_before_routing() {
 
 #[test]
 fn limits_are_named() {
-    const TO: By = Dropped(&Cause::Limit {
-        direction: Some(Ingress),
-    });
-    const FROM: By = Dropped(&Cause::Limit {
-        direction: Some(Egress),
-    });
+    const fn limit(of: Limited, direction: Direction) -> Cause {
+        Cause::Limit {
+            of,
+            direction: Some(direction),
+        }
+    }
+    const TO: By = Dropped(&limit(Limited::Packets, Ingress));
+    const FROM: By = Dropped(&limit(Limited::Packets, Egress));
     require(&[
         // Whether it was one too many is not known; nobody else drops it.
         (to("caliccccccccccc"), Tiered(&TO, &Nobody)),
-        (to("caliccccccccccc").tcp(80), Tiered(&TO, &Nobody)),
         (from("caliccccccccccc"), Tiered(&FROM, &Nobody)),
     ]);
+    // With tiers came limits, and connections that are too many are reset.
+    for shown in all().into_iter().filter(|shown| shown.release >= Release::V3_31) {
+        let either = [
+            (limit(Limited::Packets, Ingress), false),
+            (limit(Limited::Connections, Ingress), true),
+        ];
+        let connection = to("caliccccccccccc").tcp(80);
+        assert_eq!(connection.met(&shown, true), either, "{}", shown.name);
+    }
 }
 
 #[test]
