@@ -62,6 +62,11 @@ pub(crate) fn tools() -> impl Iterator<Item = &'static Tool> {
 pub(crate) const SETS: &str = "ipset";
 
 impl Tool {
+    /// It shows what iptables has in tables of nftables.
+    pub(crate) fn is_for_nftables(&self) -> bool {
+        self.tables.is_none()
+    }
+
     pub(crate) fn is_missing(&self) -> anyhow::Error {
         anyhow!("neither {} is on the path", self.names.join(" nor "))
     }

@@ -7,7 +7,11 @@ use std::{convert::Infallible, fs, io::ErrorKind, iter, str, sync::OnceLock};
 use anyhow::{Context as _, Result};
 use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NetlinkSerializable};
 
-use crate::{iptables::output, netfilter::compact_nft, netlink::Connection};
+use crate::{
+    iptables::output,
+    netfilter::{compact_nft, compact_nft_with_nat},
+    netlink::Connection,
+};
 
 /// A table: its family as `nft` calls it, and its name.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +64,15 @@ pub(crate) fn tables() -> Result<Vec<Table>> {
 
 /// What a table has that drops may come of, as [`compact_nft`] writes it; `None` if `nft` is not on the path.
 pub(crate) fn list(table: &Table) -> Result<Option<String>> {
+    listed(table, compact_nft)
+}
+
+/// The same, with what translates addresses.
+pub(crate) fn list_with_nat(table: &Table) -> Result<Option<String>> {
+    listed(table, compact_nft_with_nat)
+}
+
+fn listed(table: &Table, compact: fn(&str) -> Result<String>) -> Result<Option<String>> {
     // Numbers instead of names, and no counters.
     let command = [
         "nft",
@@ -74,8 +87,8 @@ pub(crate) fn list(table: &Table) -> Result<Option<String>> {
     let Some(list) = output(&command)? else {
         return Ok(None);
     };
-    let text = compact_nft(&list)
-        .with_context(|| format!("read table {} {} of nftables", table.family, table.name))?;
+    let text =
+        compact(&list).with_context(|| format!("read table {} {} of nftables", table.family, table.name))?;
     Ok(Some(text))
 }
 

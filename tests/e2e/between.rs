@@ -6,7 +6,10 @@ use std::net::IpAddr;
 use anyhow::{Context as _, Result, ensure};
 use calitrace_tests::{
     DeviceOrder, Encapsulation, Lab, Need, Options, Proxy, command,
-    lab::plan::{OUTSIDE, SERVICE},
+    lab::{
+        netfilter::Backend,
+        plan::{OUTSIDE, SERVICE},
+    },
     traffic::traceroute::Kind,
 };
 use serde_json::Value;
@@ -42,7 +45,14 @@ pub(crate) const TESTS: &[Test] = &[
     })
     .needs(IPIP),
     test("topology_from_to_a_service", service),
-    test("topology_from_to_outside_is_masqueraded_or_not", outside).needs(&[Need::Program("conntrack")]),
+    test("topology_from_to_outside_is_masqueraded_or_not", || {
+        outside(Backend::Any)
+    })
+    .needs(&[Need::Program("conntrack")]),
+    test("topology_from_to_outside_knows_nftables", || {
+        outside(Backend::Native)
+    })
+    .needs(&[Need::Program("conntrack"), Need::Program("nft")]),
     test("topology_from_to_tells_what_is_not_there", errors),
 ];
 
@@ -339,8 +349,8 @@ fn service() -> Result<()> {
 }
 
 /// What the node makes of the source is what conntrack keeps.
-fn outside() -> Result<()> {
-    let lab = Lab::up(&quiet())?;
+fn outside(netfilter: Backend) -> Result<()> {
+    let lab = Lab::up(&Options { netfilter, ..quiet() })?;
     let pod = lab.pod("pod1")?;
     let node = lab.node(&pod.node)?.address.to_string();
     // A node's own address is outside of the pools, and is reached without the tunnel.
@@ -357,10 +367,14 @@ fn outside() -> Result<()> {
     ensure!(devices(path) == expected && path["encap"].is_null(), "{path:#}");
     for masquerades in [true, false] {
         if !masquerades {
-            // Either backend has the chain; the other has none.
-            let flushed = ["iptables-legacy", "iptables-nft"].map(|tool| -> Result<bool> {
-                let words = [tool, "-w", "10", "-t", "nat", "-F", "cali-nat-outgoing"];
-                Ok(command::output(&mut lab.exec(&pod.node, words)?)?
+            // One of them has the chain.
+            let flushed = [
+                "iptables-legacy -w 10 -t nat -F cali-nat-outgoing",
+                "iptables-nft -w 10 -t nat -F cali-nat-outgoing",
+                "nft flush chain ip calico nat-cali-nat-outgoing",
+            ]
+            .map(|words| -> Result<bool> {
+                Ok(command::output(&mut lab.exec(&pod.node, words.split(' '))?)?
                     .status
                     .success())
             });

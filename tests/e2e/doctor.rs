@@ -1,8 +1,12 @@
 //! `doctor` on what this kernel and a broken node lack. Each fault is made for real, what it does to packets is seen, and
 //! without it nothing is found.
 
+use std::fs;
+
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Encapsulation, Lab, Namespace, Need, Options, command, lab::netfilter::Backend};
+use calitrace_tests::{
+    DeviceOrder, Encapsulation, Lab, Namespace, Need, Options, command, lab::netfilter::Backend,
+};
 
 use crate::{
     Test,
@@ -15,10 +19,25 @@ pub(crate) const TESTS: &[Test] = &[
     test("doctor_names_mtus_that_do_not_fit", mtus),
     test("doctor_names_devices_of_other_plugins", plugins),
     test("doctor_names_a_node_that_is_taken_for_a_stranger", stranger).needs(&[Need::Program("ipset")]),
+    test("doctor_names_a_stranger_of_nftables", stranger_of_nftables).needs(&[Need::Program("nft")]),
+    test("doctor_names_a_tunnel_that_the_kernel_does_not_make", no_tunnel).needs(&[
+        Need::Encapsulation(Encapsulation::Ipip),
+        Need::Program("nft"),
+        Need::Guest,
+    ]),
     test("doctor_names_a_full_table_of_connections", connections).needs(&[Need::Program("conntrack")]),
-    test("doctor_names_a_strict_reverse_path_filter", reverse_path),
+    test("doctor_names_a_strict_reverse_path_filter", || {
+        reverse_path(Backend::Nft)
+    }),
+    test("doctor_knows_what_calicos_nftables_mode_masquerades", || {
+        reverse_path(Backend::Native)
+    })
+    .needs(&[Need::Program("nft")]),
     test("doctor_counts_wrong_checksums", checksums),
 ];
+
+/// Which namespaces get a `tunl0` when they are made; a setting of the whole machine.
+const FALLBACK_TUNNELS: &str = "/proc/sys/net/core/fb_tunnels_only_for_init_net";
 
 /// The first node of a lab, and its peer.
 const NODES: [&str; 2] = ["minikube", "minikube-m02"];
@@ -26,7 +45,7 @@ const NODES: [&str; 2] = ["minikube", "minikube-m02"];
 fn missing() -> Result<()> {
     let lab = Lab::up(&Options::default())?;
     let well = doctor(&lab)?;
-    let has_kprobes = std::fs::read_to_string("/proc/kallsyms")
+    let has_kprobes = fs::read_to_string("/proc/kallsyms")
         .context("read the kernel's symbols")?
         .lines()
         .any(|line| line.ends_with(" register_kprobe"));
@@ -197,11 +216,79 @@ fn stranger() -> Result<()> {
     none(&lab)
 }
 
+/// The same in Calico's own table.
+fn stranger_of_nftables() -> Result<()> {
+    let lab = Lab::up(&Options {
+        netfilter: Backend::Native,
+        ..quiet()
+    })?;
+    let hosts = |change: &str| -> Result<()> {
+        let change = format!("{change} element ip calico cali40all-vxlan-net {{ 192.168.49.3 }}\n");
+        command::run_with_input(&mut lab.exec(NODES[0], ["nft", "-f", "-"])?, &change)?;
+        Ok(())
+    };
+    none(&lab)?;
+    ensure!(passes(&lab, "10.244.205.193", 84)?, "its node is known");
+    hosts("delete")?;
+    only(
+        &lab,
+        '✗',
+        &["cali40all-vxlan-net lacks the node 192.168.49.3", "VXLAN packets"],
+    )?;
+    ensure!(!passes(&lab, "10.244.205.193", 84)?, "its node is a stranger");
+    hosts("add")?;
+    none(&lab)
+}
+
+/// Where a new namespace gets no `tunl0`, as a container that is a node would not: newer Felix makes one, older Felix cannot.
+fn no_tunnel() -> Result<()> {
+    let lab = Lab::up(&Options {
+        encapsulation: Encapsulation::Ipip,
+        order: DeviceOrder::UplinkFirst,
+        netfilter: Backend::Native,
+        ..quiet()
+    })?;
+    let node = lab.namespace(NODES[0])?;
+    none(&lab)?;
+    ensure!(passes(&lab, "10.244.205.193", 84)?, "before");
+    node.ip("link del tunl0\n")?;
+    ensure!(!passes(&lab, "10.244.205.193", 84)?, "nothing leads there");
+    let by = ["There is no tunl0, though", "to pods of 192.168.49.3, and"];
+    for (setting, told) in [
+        (
+            "1",
+            "net.core.fb_tunnels_only_for_init_net=1, and the node is in a container",
+        ),
+        (
+            "2",
+            "net.core.fb_tunnels_only_for_init_net=2, and the node is in a container",
+        ),
+    ] {
+        fs::write(FALLBACK_TUNNELS, setting).with_context(|| format!("write {FALLBACK_TUNNELS}"))?;
+        only(&lab, '✗', &[&by[..], &[told]].concat())?;
+    }
+    fs::write(FALLBACK_TUNNELS, "0").with_context(|| format!("write {FALLBACK_TUNNELS}"))?;
+    only(&lab, '✗', &by)?;
+    ensure!(!findings(&lab)?[0].contains("fb_tunnels"), "it would give one");
+    // As older Felix and as newer Felix ask for it.
+    let tried = command::output(&mut lab.exec(NODES[0], ["ip", "tunnel", "add", "tunl0", "mode", "ipip"])?)?;
+    ensure!(
+        !tried.status.success() && String::from_utf8_lossy(&tried.stderr).contains("No such device"),
+        "{tried:?}"
+    );
+    node.ip("link add tunl0 type ipip\n")?;
+    only(
+        &lab,
+        '✗',
+        &["tunl0 has neither address nor routes, and is down, though"],
+    )
+}
+
 /// Felix's and kube-proxy's limit is the whole machine's, so the node's own table is filled up to it.
 fn connections() -> Result<()> {
     let lab = Lab::up(&quiet())?;
     none(&lab)?;
-    let max: u32 = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
+    let max: u32 = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_max")
         .context("read the limit of connections")?
         .trim()
         .parse()
@@ -267,11 +354,8 @@ fn checksums() -> Result<()> {
 }
 
 /// What a pod sends to another node's own address, with the pod's address or masqueraded, and the answer.
-fn reverse_path() -> Result<()> {
-    let lab = Lab::up(&Options {
-        netfilter: Backend::Nft,
-        ..quiet()
-    })?;
+fn reverse_path(netfilter: Backend) -> Result<()> {
+    let lab = Lab::up(&Options { netfilter, ..quiet() })?;
     let filters = |node: &str, uplink: &str, tunnel: &str| -> Result<()> {
         lab.namespace(node)?.sysctls([
             ("net/ipv4/conf/all/rp_filter".to_owned(), "0"),
@@ -290,8 +374,14 @@ fn reverse_path() -> Result<()> {
     none(&lab)?;
     ensure!(answered("pod2", here)? && answered("pod1", there)?, "masqueraded");
     for node in NODES {
-        let mut load = lab.exec(node, ["iptables-nft-restore", "--noflush", "-w", "10"])?;
-        command::run_with_input(&mut load, "*nat\n-F cali-nat-outgoing\nCOMMIT\n")?;
+        let (mut load, change) = if netfilter == Backend::Native {
+            let change = "flush chain ip calico nat-cali-nat-outgoing\n";
+            (lab.exec(node, ["nft", "-f", "-"])?, change)
+        } else {
+            let load = lab.exec(node, ["iptables-nft-restore", "--noflush", "-w", "10"])?;
+            (load, "*nat\n-F cali-nat-outgoing\nCOMMIT\n")
+        };
+        command::run_with_input(&mut load, change)?;
     }
     filters(there, "0", "0")?;
     filters(here, "1", "0")?;

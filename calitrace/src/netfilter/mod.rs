@@ -10,6 +10,7 @@ mod elements;
 mod logged;
 mod marks;
 mod nft;
+mod outgoing;
 mod packet;
 mod rules;
 mod save;
@@ -19,7 +20,7 @@ mod walk;
 
 pub use culprit::{Cause, Culprit, Direction, Limited, PolicyName};
 pub use logged::{Action, By, Logged, Logger};
-pub use nft::compact as compact_nft;
+pub use nft::{Sources, compact as compact_nft, compact_with_nat as compact_nft_with_nat};
 pub use packet::{Asked, Device, States};
 pub use rules::Ruleset;
 pub use sets::Sets;

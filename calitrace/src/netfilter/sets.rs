@@ -88,6 +88,18 @@ impl Sets {
         }
     }
 
+    /// The members of a set that are single addresses.
+    pub fn addresses(&self, name: &str) -> impl Iterator<Item = IpAddr> {
+        let nets = match self.0.get(name) {
+            Some(Set::Nets(nets)) => Some(nets),
+            _ => None,
+        };
+        let members = nets.into_iter().flat_map(|nets| &nets.members);
+        members
+            .filter(|(net, is_member)| **is_member && net.prefix_len() == net.max_prefix_len())
+            .map(|(net, _)| net.addr())
+    }
+
     /// Whether the set has what these ends of the packet say; none if that is not known.
     pub(super) fn has(&self, name: &str, ends: &[End], packet: &Asked<'_>) -> Option<bool> {
         let address = |end: &End| match end {
@@ -188,6 +200,15 @@ add other 10.0.0.0/8,tcp:80
         assert_eq!(has(132, Some((40_000, 3868))), Some(true));
         assert_eq!(has(6, Some((8080, 40_000))), Some(false));
         assert_eq!(has(6, None), None);
+    }
+
+    #[test]
+    fn single_addresses_are_told() {
+        let sets = Sets::parse(&format!("{SAVED}add cali40s:front 10.244.7.7 nomatch\n"));
+        let told: Vec<IpAddr> = sets.addresses("cali40s:front").collect();
+        assert_eq!(told, ["10.244.120.67".parse::<IpAddr>().unwrap()]);
+        assert_eq!(sets.addresses("cali40n:ports").count(), 0);
+        assert_eq!(sets.addresses("nowhere").count(), 0);
     }
 
     #[test]

@@ -198,7 +198,7 @@ fn packets_to_outside_the_pools_are_masqueraded() {
             ..datagram("eth0", 53)
         };
         let text = format!("*nat\n:cali-nat-outgoing - [0:0]\n{rules}COMMIT\n");
-        Ruleset::parse(&text).masquerades("cali-nat-outgoing", &packet, sets)
+        Ruleset::parse(&text).masquerades(&packet, sets)
     };
     assert_eq!(ask(rule, "8.8.8.8", &sets), Some(true));
     assert_eq!(ask(rule, "10.244.7.7", &sets), Some(false));
@@ -212,7 +212,7 @@ fn packets_to_outside_the_pools_are_masqueraded() {
     assert_eq!(ask(&excepted, "8.8.8.8", &sets), Some(false));
     assert_eq!(ask(&excepted, "9.9.9.9", &sets), Some(true));
     assert_eq!(
-        Ruleset::parse("*filter\nCOMMIT\n").masquerades("cali-nat-outgoing", &datagram("eth0", 53), &sets),
+        Ruleset::parse("*filter\nCOMMIT\n").masquerades(&datagram("eth0", 53), &sets),
         None
     );
 }

@@ -90,44 +90,17 @@ impl Ruleset {
     }
 }
 
-impl Ruleset {
-    /// Whether a chain of the nat table gives the packet another source; none if there is no such chain, or its rules leave
-    /// that open. Other chains that it leads to are not followed.
-    #[must_use]
-    pub fn masquerades(&self, chain: &str, packet: &Asked<'_>, sets: &Sets) -> Option<bool> {
-        let table = self.tables.get("nat")?;
-        let mut found = Vec::new();
-        let walk = Walk {
-            packet,
-            sets,
-            left: RULES,
-            name: "nat",
-            table,
-            found: &mut found,
-        };
-        // What rules do that perhaps hold.
-        let mut perhaps = Vec::new();
-        let mut answer = false;
-        for rule in &table.get(chain)?.rules {
-            let translates = match &rule.target {
-                Target::Chain { name, .. } if name == "MASQUERADE" || name == "SNAT" => true,
-                Target::Return | Target::Accept => false,
-                _ => continue,
-            };
-            match walk.truth(rule, Flow::default()) {
-                Truth::Yes => {
-                    answer = translates;
-                    break;
-                }
-                Truth::Perhaps => perhaps.push(translates),
-                Truth::No => {}
-            }
-        }
-        perhaps
-            .iter()
-            .all(|translates| *translates == answer)
-            .then_some(answer)
-    }
+/// Whether a rule's conditions hold for a packet of whose mark nothing is known.
+pub(super) fn truth(rule: &Rule, packet: &Asked<'_>, sets: &Sets) -> Truth {
+    let walk = Walk {
+        packet,
+        sets,
+        left: RULES,
+        name: "",
+        table: &Table::default(),
+        found: &mut Vec::new(),
+    };
+    walk.truth(rule, Flow::default())
 }
 
 /// What is known of the packet's mark on one way through the rules.

@@ -2,6 +2,10 @@
 //! sender sees no reason (projectcalico/calico#3145, kubernetes/kubernetes#88986, canonical/microk8s#3695). Up to Linux 5.6 the
 //! kernel itself did so with what it translates; newer ones do it with some NICs. Felix takes the work from them where
 //! `ChecksumOffloadBroken` is set.
+//!
+//! That the tunnel leaves checksums to the NIC is no finding: of the kernels that calitrace runs on (5.10 and newer) none is
+//! known as bad by its version (Felix sets it up to 5.7.0, `felix/environment/feature_detect_linux.go`, Calico 3.34), and on
+//! these it is what most healthy nodes do. Only wrong checksums that came tell, and they tell of the sender.
 
 use super::Findings;
 use crate::event::Role;

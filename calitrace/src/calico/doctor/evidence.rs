@@ -8,10 +8,10 @@ use anyhow::{Context as _, Result};
 use crate::{
     calico::view::NodeView,
     event::Role,
-    iptables::{self, Shown},
-    netfilter::Sets,
     netns::{self, Handle},
 };
+
+use super::{FallbackTunnels, Firewall, tunnels};
 
 /// What [`super::check`] judges. What could not be read is not judged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct Evidence {
     pub pod_mtus: BTreeMap<u32, u32>,
     /// Netfilter rules and IP sets; none where they cannot be read.
     pub firewall: Option<Firewall>,
+    /// Which namespaces the kernel gives a `tunl0`; none where that does not matter, or cannot be seen from here.
+    pub fallback_tunnels: Option<FallbackTunnels>,
 }
 
 impl Evidence {
@@ -46,6 +48,12 @@ impl Evidence {
             conntrack: view.handle.run(Conntrack::read)?,
             bad_checksums: view.handle.run(bad_checksums)?,
             pod_mtus: pod_mtus(view)?,
+            fallback_tunnels: match &firewall {
+                Some(firewall) if tunnels::lacks_ipip(&view.snapshot, firewall) => {
+                    FallbackTunnels::read(&view.handle)?
+                }
+                _ => None,
+            },
             firewall,
         })
     }
@@ -182,39 +190,6 @@ fn counter6(table: &str, name: &str) -> u64 {
         .unwrap_or(0)
 }
 
-/// The rules of a node and the sets that they look into.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Firewall {
-    /// IPv4's rules of all tables, as `iptables-save` writes them.
-    pub v4: String,
-    /// IPv6's.
-    pub v6: String,
-    /// The members of IP sets; none if no rule looks into one.
-    pub sets: Option<Sets>,
-}
-
-impl Firewall {
-    /// Of the namespace that the calling thread is in.
-    pub(in crate::calico) fn read() -> Result<Self> {
-        let mut firewall = Self::default();
-        for tool in iptables::tools() {
-            match iptables::rules(tool)? {
-                Shown::Rules(_, text) if tool.ipv6 => firewall.v6.push_str(&text),
-                Shown::Rules(_, text) => firewall.v4.push_str(&text),
-                Shown::Nothing => {}
-                Shown::Missing => return Err(tool.is_missing()),
-            }
-        }
-        if [&firewall.v4, &firewall.v6]
-            .into_iter()
-            .any(|rules| iptables::look_into_sets(rules))
-        {
-            firewall.sets = Some(Sets::parse(&iptables::sets()?));
-        }
-        Ok(firewall)
-    }
-}
-
 fn pod_mtus(view: &NodeView) -> Result<BTreeMap<u32, u32>> {
     let mut mtus = BTreeMap::new();
     if view.pods.is_empty() {
@@ -230,7 +205,7 @@ fn pod_mtus(view: &NodeView) -> Result<BTreeMap<u32, u32>> {
 }
 
 /// A file's text; none if it is not there.
-fn read(path: &Path) -> Result<Option<String>> {
+pub(super) fn read(path: &Path) -> Result<Option<String>> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

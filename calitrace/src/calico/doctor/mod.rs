@@ -6,6 +6,8 @@
 mod checksums;
 mod conntrack;
 mod evidence;
+mod fallback;
+mod firewall;
 mod gateway;
 mod mtu;
 mod plugins;
@@ -18,7 +20,9 @@ mod workloads;
 
 use ipnet::IpNet;
 
-pub use evidence::{Conntrack, Evidence, Firewall, Sysctls};
+pub use evidence::{Conntrack, Evidence, Sysctls};
+pub use fallback::FallbackTunnels;
+pub use firewall::Firewall;
 
 use super::view::NodeView;
 use crate::{

@@ -1,10 +1,7 @@
 //! Reverse path filters, by which the kernel drops what comes by another device than its answer would leave by.
 
 use super::Findings;
-use crate::event::Role;
-
-/// What masquerades pods' packets to outside the pools (`felix/rules/static.go`, Calico 3.34).
-const NAT_OUTGOING: &str = "cali-nat-outgoing";
+use crate::{event::Role, netfilter::Ruleset};
 
 pub(super) fn check(findings: &mut Findings<'_>) {
     loose(findings);
@@ -40,7 +37,7 @@ fn strict(findings: &mut Findings<'_>) {
         .evidence
         .firewall
         .as_ref()
-        .and_then(|firewall| nat_outgoing(&firewall.v4));
+        .and_then(|firewall| firewall.rules(false).iter().find_map(Ruleset::has_masquerading));
     let tunnelled = findings
         .node
         .to_blocks()
@@ -76,25 +73,13 @@ fn strict(findings: &mut Findings<'_>) {
     }
 }
 
-/// Whether pods' packets to outside the pools are masqueraded; none where Felix's chain is not to be seen.
-fn nat_outgoing(rules: &str) -> Option<bool> {
-    let declared = |line: &str| {
-        line.strip_prefix(':')
-            .and_then(|rest| rest.split_whitespace().next())
-            == Some(NAT_OUTGOING)
-    };
-    let translates = |line: &str| {
-        let mut words = line.split_whitespace();
-        let ours = words.find(|word| *word == "-A").is_some() && words.next() == Some(NAT_OUTGOING);
-        ours && (line.contains("-j MASQUERADE") || line.contains("-j SNAT"))
-    };
-    rules.lines().any(declared).then(|| rules.lines().any(translates))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calico::doctor::{Evidence, Firewall, Severity, Sysctls, testing::Node};
+    use crate::{
+        calico::doctor::{Evidence, Firewall, Severity, Sysctls, testing::Node},
+        netfilter::compact_nft_with_nat,
+    };
 
     const ON: &str = "*nat\n:cali-nat-outgoing - [0:0]\n\
                       -A cali-nat-outgoing -m set --match-set cali40masq-ipam-pools src -j MASQUERADE --random-fully\nCOMMIT\n";
@@ -129,6 +114,26 @@ mod tests {
             assert_eq!(told.len(), 1, "{told:?}");
             assert!(told[0].contains("strict on eth0"), "{told:?}");
         }
+    }
+
+    #[test]
+    fn calicos_nftables_mode_masquerades_too() {
+        let text =
+            compact_nft_with_nat(include_str!("../../../../tests/felix/v3.33-by-hand/plain.json")).unwrap();
+        let told = |native: String| {
+            let evidence = Evidence {
+                sysctls: Sysctls::new([("ipv4/conf/eth0/rp_filter", "1")]),
+                firewall: Some(Firewall {
+                    native_v4: native,
+                    ..Firewall::default()
+                }),
+                ..Evidence::default()
+            };
+            Node::new().told(check, &evidence, Severity::Note)
+        };
+        assert_eq!(told(text.clone()), [""; 0]);
+        let found = told(text.replace("masquerade", "return"));
+        assert_eq!(found.len(), 1, "{found:?}");
     }
 
     #[test]

@@ -1,32 +1,23 @@
 //! Nodes that are taken for strangers: Felix drops encapsulated packets of hosts that are not in its set of allowed ones
 //! (the chain `cali-INPUT`, `felix/rules/static.go`; who is in it, `felix/dataplane/linux/{ipip_mgr,vxlan_mgr}.go`; Calico
-//! 3.34). Calico's nftables mode keeps these sets in `nft`, where they are not read.
+//! 3.34). Calico's nftables mode has the same sets in its own table.
 
 use std::net::IpAddr;
 
-use super::Findings;
+use super::{Findings, tunnels};
 use crate::{calico::anatomy, event::EncapKind};
 
 pub(super) fn check(findings: &mut Findings<'_>) {
     let Some(firewall) = &findings.evidence.firewall else {
         return;
     };
-    let Some(sets) = &firewall.sets else { return };
     let carriers = findings.node.to_blocks().filter_map(|route| {
         let node = route.remote_node?;
         Some((allowed(route.encap?, node)?, node))
     });
     for ((set, kind), node) in anatomy::sorted(carriers.collect()) {
-        // A set that no rule looks into forbids nothing.
-        let rules = if node.is_ipv6() {
-            &firewall.v6
-        } else {
-            &firewall.v4
-        };
-        if !rules.contains(&format!(" --match-set {set} src")) {
-            continue;
-        }
-        if sets.holds(set, node) == Some(false) {
+        let mut known = firewall.sources(set, node.is_ipv6());
+        if known.any(|known| known.holds(node) == Some(false)) {
             findings.problem(
                 format!(
                     "The IP set {set} lacks the node {node}, which routes know: {kind} packets from it are dropped here as a \
@@ -42,7 +33,7 @@ pub(super) fn check(findings: &mut Findings<'_>) {
 /// The set of hosts from which such packets are taken, and what they are called. `WireGuard` has keys instead.
 fn allowed(encap: EncapKind, node: IpAddr) -> Option<(&'static str, &'static str)> {
     match (encap, node) {
-        (EncapKind::Ipip, IpAddr::V4(_)) => Some(("cali40all-hosts-net", "IPIP")),
+        (EncapKind::Ipip, IpAddr::V4(_)) => Some((tunnels::ALL_HOSTS, "IPIP")),
         (EncapKind::Vxlan, IpAddr::V4(_)) => Some(("cali40all-vxlan-net", "VXLAN")),
         (EncapKind::Vxlan, IpAddr::V6(_)) => Some(("cali60all-vxlan-net", "VXLAN")),
         _ => None,
@@ -54,7 +45,7 @@ mod tests {
     use super::*;
     use crate::{
         calico::doctor::{Evidence, Firewall, Severity, testing::Node},
-        netfilter::Sets,
+        netfilter::{Sets, compact_nft_with_nat},
     };
 
     const RULE: &str = "*filter\n-A cali-INPUT -p ipencap -m set --match-set cali40all-hosts-net src -m addrtype --dst-type LOCAL \
@@ -62,15 +53,38 @@ mod tests {
                         ACCEPT\nCOMMIT\n";
 
     fn told(rules: &str, sets: &str) -> Vec<String> {
+        told_by(Firewall {
+            v4: rules.to_owned(),
+            sets: Some(Sets::parse(sets)),
+            ..Firewall::default()
+        })
+    }
+
+    fn told_by(firewall: Firewall) -> Vec<String> {
         let evidence = Evidence {
-            firewall: Some(Firewall {
-                v4: rules.to_owned(),
-                sets: Some(Sets::parse(sets)),
-                ..Firewall::default()
-            }),
+            firewall: Some(firewall),
             ..Evidence::default()
         };
         Node::new().told(check, &evidence, Severity::Problem)
+    }
+
+    /// The table of Felix' own in which the other node is a member, and without it.
+    #[test]
+    fn nftables_sets_are_looked_into() {
+        let listed = include_str!("../../netfilter/felix-native.json");
+        let told = |list: &str| {
+            told_by(Firewall {
+                native_v4: compact_nft_with_nat(list).unwrap(),
+                ..Firewall::default()
+            })
+        };
+        assert_eq!(told(listed), [""; 0]);
+        let found = told(&listed.replace("\"192.168.49.3\"", "\"192.168.49.4\""));
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(
+            found[0].contains("cali40all-hosts-net lacks the node 192.168.49.3"),
+            "{found:?}"
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use super::{Evidence, Findings, Severity, Subject};
 use crate::{
     event::{EncapKind, Interface, Pod, Role, Route, RouteKind},
-    route::{Entry, Link, Snapshot, TABLE_MAIN, Type, Vxlan},
+    route::{Address, Entry, Link, Snapshot, TABLE_MAIN, Type, Vxlan},
 };
 
 pub(super) struct Node {
@@ -94,6 +94,23 @@ impl Node {
     pub(super) fn without_blocks(mut self) -> Self {
         self.routes.clear();
         self.remote_blocks.clear();
+        self
+    }
+
+    /// A device that the node makes no use of.
+    pub(super) fn with_unused(mut self, name: &str, kind: &str) -> Self {
+        self.snapshot.links.push(link(9, name, kind, 1480));
+        self
+    }
+
+    pub(super) fn with_address(mut self, ifindex: u32, address: &str) -> Self {
+        self.snapshot.addresses.push(Address {
+            ifindex,
+            address: address.parse().unwrap(),
+            prefix_len: 24,
+            scope: 0,
+            secondary: false,
+        });
         self
     }
 

@@ -9,7 +9,7 @@ use super::{Masquerade, Path, service, unseen};
 use crate::{
     calico::{doctor::Firewall, view::NodeView},
     event,
-    netfilter::{Asked, Device, Ruleset, Sets, States},
+    netfilter::{Asked, Device, Sets, States},
 };
 
 /// An end of a path, as a user names it.
@@ -21,8 +21,6 @@ pub enum Place {
     Address(IpAddr),
 }
 
-/// Felix's chain for `natOutgoing` (`felix/rules/static.go`, Calico 3.34).
-const NAT_OUTGOING: &str = "cali-nat-outgoing";
 /// Names that are told beside one that is not there.
 const NEAR: usize = 3;
 
@@ -256,16 +254,13 @@ fn masquerade(start: &NodeView, path: &Path, firewall: &Firewall) -> Result<Opti
             address: None,
         }));
     }
-    let rules = Ruleset::parse(if from.is_ipv6() {
-        &firewall.v6
-    } else {
-        &firewall.v4
-    });
+    let rules = firewall.rules(from.is_ipv6());
     let unread = Sets::default();
     let sets = firewall.sets.as_ref().unwrap_or(&unread);
     // To a service kube-proxy may masquerade, too: a pod's packets to itself, or all.
     let applies = rules
-        .masquerades(NAT_OUTGOING, &packet, sets)
+        .iter()
+        .find_map(|rules| rules.masquerades(&packet, sets))
         .filter(|applies| *applies || path.service.is_none());
     Ok(applies.map(|applies| Masquerade {
         applies,

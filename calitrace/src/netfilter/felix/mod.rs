@@ -68,7 +68,7 @@ fn shown(name: &'static str, text: &str) -> Shown {
     let is_native = is_native(name);
     let ipv6 = name.contains("/ipv6.");
     let rules = if is_native {
-        Ruleset::parse_nft(&compact_nft(text).unwrap(), ipv6)
+        Ruleset::parse_nft(&compact_nft_with_nat(text).unwrap(), ipv6)
     } else {
         Ruleset::parse(text)
     };

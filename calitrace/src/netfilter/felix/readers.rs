@@ -8,14 +8,11 @@ fn packets_out_of_the_pools_are_masqueraded() {
     for shown in all() {
         let masquerades = |dst| {
             let packet = pod.dst(dst);
-            packet.ask(&shown, true, |asked| {
-                shown.rules.masquerades("cali-nat-outgoing", asked, &shown.sets)
-            })
+            packet.ask(&shown, true, |asked| shown.rules.masquerades(asked, &shown.sets))
         };
-        // Of nftables' rules those for addresses are not looked at.
-        let of = |answer: bool| (!shown.is_native()).then_some(answer);
-        assert_eq!(masquerades("8.8.8.8"), of(true), "{}", shown.name);
-        assert_eq!(masquerades(ELSEWHERE), of(false), "{}", shown.name);
+        assert_eq!(masquerades("8.8.8.8"), Some(true), "{}", shown.name);
+        assert_eq!(masquerades(ELSEWHERE), Some(false), "{}", shown.name);
+        assert_eq!(shown.rules.has_masquerading(), Some(true), "{}", shown.name);
     }
 }
 

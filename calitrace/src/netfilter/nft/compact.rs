@@ -1,5 +1,5 @@
-//! Of a table's list what matters for drops: without counters, handles and times, which change, and without what only
-//! translates addresses.
+//! Of a table's list what matters: without counters, handles and times, which change, and where drops alone are asked for,
+//! without what only translates addresses.
 
 use anyhow::{Context as _, Result};
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -23,6 +23,15 @@ enum Listed {
 /// The objects of the list of one table, one a line: its base chains that are no `nat` chains, and what those lead to. Empty if there
 /// is none.
 pub fn compact(list: &str) -> Result<String> {
+    objects(list, |kind| kind != Some("nat"))
+}
+
+/// The same, with `nat` chains.
+pub fn compact_with_nat(list: &str) -> Result<String> {
+    objects(list, |_| true)
+}
+
+fn objects(list: &str, is_wanted: fn(Option<&str>) -> bool) -> Result<String> {
     let list: List = serde_json::from_str(list).context("read nft's list of a table")?;
     let mut objects: Vec<Object> = list
         .nftables
@@ -35,7 +44,7 @@ pub fn compact(list: &str) -> Result<String> {
     for object in &mut objects {
         strip(object);
     }
-    let needed = needed(&objects);
+    let needed = needed(&objects, is_wanted);
     let mut text = String::new();
     for object in &objects {
         let is_needed = match object {
@@ -85,8 +94,8 @@ fn unwrap(member: &mut Value) {
     }
 }
 
-/// The names of chains, and with an `@` of sets and maps, that packets come to from a hook.
-fn needed(objects: &[Object]) -> FxHashSet<&str> {
+/// The names of chains, and with an `@` of sets and maps, that packets come to from a hook by base chains of these types.
+fn needed(objects: &[Object], is_wanted: fn(Option<&str>) -> bool) -> FxHashSet<&str> {
     let mut leads_to: FxHashMap<&str, Vec<&str>> = FxHashMap::default();
     let mut maps: FxHashMap<&str, &SetObject> = FxHashMap::default();
     let mut open = Vec::new();
@@ -94,7 +103,7 @@ fn needed(objects: &[Object]) -> FxHashSet<&str> {
         match object {
             Object::Chain(chain) => {
                 let hook = chain.hook.as_deref().and_then(hook);
-                if hook.is_some() && chain.r#type.as_deref() != Some("nat") {
+                if hook.is_some() && is_wanted(chain.r#type.as_deref()) {
                     open.push(chain.name.as_str());
                 }
             }

@@ -7,6 +7,7 @@
 mod compact;
 mod conditions;
 mod show;
+mod sources;
 mod values;
 
 use std::{cell::RefCell, sync::Arc};
@@ -22,7 +23,8 @@ use super::{
     walk::Hook,
 };
 
-pub use compact::compact;
+pub use compact::{compact, compact_with_nat};
+pub use sources::Sources;
 
 /// An object of the list; of others nothing is wanted.
 #[derive(Debug, Deserialize, Serialize)]
