@@ -27,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("without_ipset_it_may_be_one_of_several_policies", without_ipset).needs(&[Need::Program("ipset")]),
     test("without_nft_policies_of_nftables_have_no_names", without_nft).needs(&[Need::Program("nft")]),
     test("nft_alone_shows_all_rules_of_nftables", with_nft_alone).needs(&[Need::Program("nft")]),
+    test("a_hook_that_is_refused_is_missing_in_the_log", refused_hook),
     test("hidden_symbols_cost_a_line", hidden_symbols).needs(&[Need::Guest]),
     // The last of all, since it cannot be undone.
     test("a_kernel_locked_down_still_shows_paths", locked_down).needs(&[Need::Lockdown]),
@@ -192,6 +193,87 @@ fn each_missing() -> Result<()> {
         }
         ensure!(text.lines().count() == 1, "one line: {text}");
     }
+    Ok(())
+}
+
+/// As a profile of a container does: raw tracepoints are refused, and whatever else `bpf` is asked for is not.
+fn refuse_raw_tracepoints() -> io::Result<()> {
+    /// `BPF_RAW_TRACEPOINT_OPEN` (include/uapi/linux/bpf.h).
+    const RAW_TRACEPOINT_OPEN: u32 = 17;
+    /// Offsets in `seccomp_data` (include/uapi/linux/seccomp.h) of the call's number and of its first argument's lower half.
+    const NUMBER: u32 = 0;
+    const FIRST: u32 = 16;
+    #[expect(clippy::cast_possible_truncation, reason = "the kernel's constants fit")]
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let (load, equal, end) = (
+        libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+        libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+        libc::BPF_RET | libc::BPF_K,
+    );
+    let number = u32::try_from(libc::SYS_bpf).map_err(io::Error::other)?;
+    let mut steps = [
+        step(load, 0, 0, NUMBER),
+        step(equal, 0, 3, number),
+        step(load, 0, 0, FIRST),
+        step(equal, 0, 1, RAW_TRACEPOINT_OPEN),
+        step(end, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned()),
+        step(end, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: 6,
+        filter: steps.as_mut_ptr(),
+    };
+    // SAFETY: the program and its steps outlive the call, which reads them.
+    match unsafe {
+        libc::prctl(
+            libc::PR_SET_SECCOMP,
+            libc::SECCOMP_MODE_FILTER,
+            &raw const program,
+        )
+    } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The header of an event log is true: a hook that was refused while it was attached does not observe.
+fn refused_hook() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let folder = tempfile::tempdir().context("make a folder")?;
+    let log = folder.path().join("log.jsonl");
+    let file = log.to_str().context("a path in UTF-8")?;
+    let mut command = Command::new(binary()?);
+    command
+        .arg("watch")
+        .args(with(&lab, &["-o", "json", "--hooks", "tc", "-w", file]));
+    // SAFETY: only a system call between fork and exec; no allocation, no lock.
+    unsafe {
+        command.pre_exec(refuse_raw_tracepoints);
+    }
+    let watch = Watch::spawn(command)?;
+    let ping = lab.ping("pod1", lab.pod("pod2")?.ip(), 1, &[])?;
+    ensure!(ping.received == 1, "{ping:?}");
+    let finished = watch.stop()?;
+    ensure!(finished.status.success(), "{finished:?}");
+    ensure!(
+        lines_with(&finished, "kfree_skb is not observed") == 1,
+        "{}",
+        finished.stderr
+    );
+    let text = fs::read_to_string(&log).context("read the log")?;
+    let header: Value = serde_json::from_str(text.lines().next().context("a header")?)?;
+    let missing = |hook: &str| -> Result<Value> {
+        let hooks = header["hooks"].as_array().context("hooks")?;
+        let status = hooks.iter().find(|status| status["hook"] == hook);
+        Ok(status.with_context(|| format!("{hook}: {header:#}"))?["missing"].clone())
+    };
+    ensure!(missing("kfree_skb")?.is_string(), "{header:#}");
+    ensure!(missing("workload_ingress")?.is_null(), "{header:#}");
     Ok(())
 }
 

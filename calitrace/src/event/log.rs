@@ -33,7 +33,8 @@ pub struct Header {
     pub host: String,
     /// Kernel release (`uname -r`).
     pub kernel: String,
-    /// The hooks, and for a missing one why.
+    /// The hooks, and for a missing one why. Functions of the kernel are attached later, and a line says so of each that is
+    /// (an `attachment` with no interface).
     pub hooks: Vec<HookStatus>,
     /// The filter of the views as it was typed; null without. The log itself holds everything that was recorded.
     pub filter: Option<String>,

@@ -29,6 +29,7 @@ use super::{
 const KPROBES: &str = "/sys/bus/event_source/devices/kprobe";
 
 const NO_KPROBES: &str = "this kernel has no kprobes (CONFIG_KPROBE_EVENTS)";
+const NOT_YET: &str = "not attached yet";
 
 /// Whether the kernel lets functions be probed.
 pub fn has_kprobes() -> bool {
@@ -137,8 +138,8 @@ impl Kernel {
         &self.functions.attached
     }
 
-    /// Why a function cannot be observed, as far as that is known before it was tried.
-    pub(super) fn unlikely(&self, row: &Row) -> Option<String> {
+    /// Why a function is not observed, as far as that is known before it was tried.
+    pub(super) fn untried(&self, row: &Row) -> Option<String> {
         let waits =
             matches!(row.attach, Attach::Function(_)) && !self.functions.attached.contains_key(&row.hook);
         if !waits {
@@ -146,7 +147,7 @@ impl Kernel {
         } else if self.config.functions == Probes::Off {
             Some("not asked for".to_owned())
         } else if has_kprobes() {
-            None
+            Some(NOT_YET.to_owned())
         } else {
             Some(NO_KPROBES.to_owned())
         }

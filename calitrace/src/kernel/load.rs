@@ -229,11 +229,7 @@ impl Kernel {
             .iter()
             .map(|row| HookStatus {
                 hook: row.name.to_owned(),
-                missing: self
-                    .missing
-                    .get(&row.hook)
-                    .cloned()
-                    .or_else(|| self.unlikely(row)),
+                missing: self.missing.get(&row.hook).cloned().or_else(|| self.untried(row)),
             })
             .collect()
     }

@@ -27,6 +27,7 @@ use super::{
     clock,
     repair::Watched,
     rules::{self, Reader, Wanted},
+    saying_what_is_missing,
 };
 use crate::{
     calico::{self, NodeView, facts_changed, facts_gone},
@@ -179,8 +180,6 @@ impl Control {
         self.send(Message::Fact(Fact::Clock(clock::both())));
         let found = std::mem::take(&mut self.views);
         self.adopt(found)?;
-        self.saying_what_is_missing(Kernel::attach_global)
-            .context("attach the tracepoint skb:kfree_skb")?;
         self.attach()?;
         // Whose programs stand beside ours.
         self.check();
@@ -368,20 +367,9 @@ impl Control {
         Ok(())
     }
 
-    /// Attaches hooks, and says which turned out to be missing.
-    fn saying_what_is_missing<T>(&mut self, attach: impl FnOnce(&mut Kernel) -> Result<T>) -> Result<T> {
-        let said = self.kernel.missing().len();
-        let attached = attach(&mut self.kernel)?;
-        for what in &self.kernel.missing()[said..] {
-            log::warn!("{what}");
-        }
-        Ok(attached)
-    }
-
     /// Attaches functions of the kernel that are not attached yet, and says which there are and which are missing.
     fn attach_functions(&mut self) -> Result<()> {
-        let attached = self
-            .saying_what_is_missing(Kernel::attach_functions)
+        let attached = saying_what_is_missing(&mut self.kernel, Kernel::attach_functions)
             .context("attach to functions of the kernel")?;
         for hook in attached {
             let (netns, ifindex) = (0, 0);

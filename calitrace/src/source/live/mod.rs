@@ -97,6 +97,9 @@ impl Live {
         ready: impl FnOnce(&str) + 'static,
         mut take: impl FnMut(Item) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
+        // Before the header, which says what observes. What is dropped now is out of scope: no node is known yet.
+        saying_what_is_missing(&mut self.kernel, Kernel::attach_global)
+            .context("attach the tracepoint skb:kfree_skb")?;
         let header = header(&self.kernel, self.options.filter.take());
         let names = self.kernel.names();
         let ring = self.kernel.take_ring()?;
@@ -295,6 +298,19 @@ impl Stream {
 
 fn either(one: ControlFlow<()>, other: ControlFlow<()>) -> ControlFlow<()> {
     if one.is_break() { one } else { other }
+}
+
+/// Attaches hooks, and says which turned out to be missing.
+fn saying_what_is_missing<T>(
+    kernel: &mut Kernel,
+    attach: impl FnOnce(&mut Kernel) -> Result<T>,
+) -> Result<T> {
+    let said = kernel.missing().len();
+    let attached = attach(kernel)?;
+    for what in &kernel.missing()[said..] {
+        log::warn!("{what}");
+    }
+    Ok(attached)
 }
 
 fn header(kernel: &Kernel, filter: Option<String>) -> Header {
