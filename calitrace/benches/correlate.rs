@@ -2,6 +2,8 @@
 //! 10,000 flows between pods of two nodes with IPIP, six observations a packet, nearly in order of time.
 #![expect(clippy::print_stdout, reason = "a command that prints its results")]
 
+mod heap;
+
 use std::{hint::black_box, net::Ipv4Addr};
 
 use calitrace::{
@@ -13,6 +15,8 @@ use calitrace::{
 };
 use calitrace_ebpf::{Encapsulated, Flags, Kind, Outer, Plain, TunnelKind};
 use criterion::{BatchSize, Criterion, Throughput};
+
+use heap::{heap, mebibytes};
 
 const FLOWS: u64 = 10_000;
 const PODS: u64 = 100;
@@ -256,13 +260,6 @@ fn push(correlator: &mut Correlator, record: &[u8], closed: &mut Vec<PacketTrace
     correlator.push(&Item::Observation(observation), closed);
 }
 
-/// Bytes in use on the heap, the allocator's own included.
-fn heap() -> usize {
-    // SAFETY: it has no arguments and only reads.
-    let info = unsafe { libc::mallinfo2() };
-    info.uordblks + info.hblkhd
-}
-
 /// What 100,000 open traces take.
 fn print_heap(facts: &[Item]) {
     // All of them within the 50 ms that a delivered packet's trace stays open: 15 times as fast as below, so that no
@@ -288,11 +285,6 @@ fn print_heap(facts: &[Item]) {
     );
     correlator.finish(&mut closed);
     assert_right(&closed);
-}
-
-#[expect(clippy::cast_precision_loss, reason = "to be read by people")]
-fn mebibytes(bytes: usize) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
 }
 
 /// What is measured is that every packet becomes one trace.

@@ -18,6 +18,8 @@ enum What {
     Programs,
     /// Observations a second from ring records to packet traces, and the heap with 100,000 open traces
     Correlate,
+    /// Reading 10,000 rules as Felix writes them, finding a drop's culprits in them, and the heap that they take
+    Rules,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -25,6 +27,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let (name, as_root) = match options.what {
         What::Programs => ("programs", true),
         What::Correlate => ("correlate", false),
+        What::Rules => ("rules", false),
     };
     // Built as the caller; only the measuring needs root.
     let built = cargo::build(
