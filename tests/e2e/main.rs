@@ -18,6 +18,7 @@ mod fallbacks;
 mod faults;
 mod flood;
 mod functions;
+mod ipv6;
 mod leftovers;
 mod limits;
 mod log;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
             causes::TESTS,
             drops::TESTS,
             faults::TESTS,
+            ipv6::TESTS,
             limits::TESTS,
             log::TESTS,
             logged::TESTS,
