@@ -5,7 +5,7 @@
 //! iptables (`felix/nftables/table_layer.go`), and all comments of a rule are one, cut off at 128 bytes
 //! (`felix/nftables/renderer.go`).
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use serde::{Serialize, Serializer};
 
@@ -62,6 +62,8 @@ pub enum Cause {
     Policy {
         /// Which.
         policy: PolicyName,
+        /// Its tier; null before v3.29, and where no endpoint's rules are known that ask it.
+        tier: Option<Arc<str>>,
         /// Its direction; null for chains whose name does not tell.
         direction: Option<Direction>,
         /// Index of its rule, from 0, where flow logs are on.
@@ -130,10 +132,15 @@ impl fmt::Display for Culprit {
         match &self.cause {
             Cause::Policy {
                 policy,
+                tier,
                 direction: way,
                 rule,
             } => {
                 write!(formatter, "policy {}{}", policy.name, direction(way))?;
+                // All are of that one where nobody made another.
+                if let Some(tier) = tier.as_deref().filter(|tier| *tier != "default") {
+                    write!(formatter, " of tier {tier}")?;
+                }
                 match rule {
                     Some(rule) => write!(formatter, ", rule {rule}"),
                     None => Ok(()),
@@ -225,6 +232,7 @@ impl Serialize for Culprit {
             /// Of a policy, profile or tier.
             name: Option<&'a str>,
             kind: Option<&'a str>,
+            tier: Option<&'a str>,
             direction: Option<Direction>,
             rule: Option<u32>,
             /// Null, as the chain, where only the rule's log is known.
@@ -240,6 +248,7 @@ impl Serialize for Culprit {
                 policy,
                 direction,
                 rule,
+                ..
             } => (Some(&policy.name), policy.kind.as_deref(), *direction, *rule),
             Cause::Profile {
                 profile: name,
@@ -252,11 +261,17 @@ impl Serialize for Culprit {
             Cause::NoProfile { direction } | Cause::Limit { direction, .. } => (None, None, *direction, None),
             _ => (None, None, None, None),
         };
+        let tier = match &self.cause {
+            Cause::Policy { tier, .. } => tier.as_deref(),
+            Cause::EndOfTier { tier, .. } => Some(tier.as_str()),
+            _ => None,
+        };
         Fields {
             cause: self.cause.name(),
             text: self.to_string(),
             name: name.map(String::as_str),
             kind,
+            tier,
             direction,
             rule,
             table: known(&self.table),
@@ -295,6 +310,7 @@ const PROFILE: [(&str, Direction); 2] = [
     ("cali-pri-", Direction::Ingress),
     ("cali-pro-", Direction::Egress),
 ];
+const GROUP: [&str; 2] = ["cali-gi-", "cali-go-"];
 const ENDPOINT: [(&str, Direction); 6] = [
     ("cali-tw-", Direction::Ingress),
     ("cali-fw-", Direction::Egress),
@@ -309,6 +325,17 @@ const ENDPOINT: [(&str, Direction); 6] = [
 pub(super) fn is_of_policy(chain: &str) -> bool {
     let name = without_layer(chain);
     beginning(name, &POLICY).is_some() || beginning(name, &PROFILE).is_some()
+}
+
+/// Whether a chain is that of an endpoint, which asks policies.
+pub(super) fn is_of_endpoint(chain: &str) -> bool {
+    beginning(without_layer(chain), &ENDPOINT).is_some()
+}
+
+/// Whether a chain is that of policies which are always asked together.
+pub(super) fn is_of_group(chain: &str) -> bool {
+    let name = without_layer(chain);
+    GROUP.iter().any(|group| name.starts_with(group))
 }
 
 fn without_layer(name: &str) -> &str {
@@ -420,6 +447,7 @@ fn policy(rest: &str, way: Direction, chain: &Chain, index: usize) -> Cause {
     });
     Cause::Policy {
         policy: said.unwrap_or_else(|| of_id(rest)),
+        tier: chain.tier.clone(),
         direction: Some(way),
         rule: logged(chain, index),
     }
@@ -477,6 +505,11 @@ fn logged(chain: &Chain, index: usize) -> Option<u32> {
     head.strip_prefix('D')?.get(2..)?.parse().ok()
 }
 
+/// The tier that begins where this is said.
+pub(super) fn begun_tier(comment: &str) -> Option<&str> {
+    comment.strip_prefix("Start of tier ")
+}
+
 /// The tier that ends at a rule, by its own comment (`End of tier default. Drop if …`) or that of the tier's beginning.
 fn tier(chain: &Chain, index: usize) -> String {
     let own = chain.rules[index].comments.iter().find_map(|comment| {
@@ -487,7 +520,7 @@ fn tier(chain: &Chain, index: usize) -> String {
         let before = chain.rules[..index].iter().rev();
         before
             .flat_map(|rule| &rule.comments)
-            .find_map(|comment| comment.strip_prefix("Start of tier "))
+            .find_map(|comment| begun_tier(comment))
     };
     // Before there were tiers, in one without a name.
     own.or_else(begun).unwrap_or("default").to_owned()

@@ -212,6 +212,10 @@ impl Logged {
         if found.is_none() && !loggers.is_empty() && loggers.iter().all(|logger| !logger.drops) {
             return None;
         }
+        let tier = found.as_ref().and_then(|known| match &known.cause {
+            Cause::Policy { tier, .. } => tier.clone(),
+            _ => None,
+        });
         let (table, chain, rejects) = found.map_or_else(Default::default, |known| {
             (known.table, known.chain, known.rejects)
         });
@@ -219,6 +223,7 @@ impl Logged {
         let cause = match self.by.clone() {
             By::Policy(policy) => Cause::Policy {
                 policy,
+                tier,
                 direction,
                 rule: self.rule,
             },
@@ -244,6 +249,7 @@ impl Logged {
                     policy,
                     direction,
                     rule,
+                    ..
                 },
             ) => {
                 own.name == policy.name
@@ -489,6 +495,7 @@ mod tests {
                     kind: Some("NetworkPolicy".to_owned()),
                     name: name.to_owned(),
                 },
+                tier: None,
                 direction: Some(Direction::Ingress),
                 rule,
             },

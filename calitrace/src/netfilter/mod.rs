@@ -15,6 +15,7 @@ mod packet;
 mod rules;
 mod save;
 mod sets;
+mod tiers;
 mod translated;
 mod walk;
 

@@ -37,6 +37,8 @@ pub(super) struct Chain {
     /// Of a base chain: it drops what comes to its end.
     pub(super) drops: bool,
     pub(super) rules: Vec<Rule>,
+    /// Of a policy's: its tier.
+    pub(super) tier: Option<Arc<str>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

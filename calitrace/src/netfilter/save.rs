@@ -9,6 +9,7 @@ use super::{
     marks,
     packet::States,
     rules::{Base, Chain, End, Match, Rule, Ruleset, Target, Way, What},
+    tiers,
     walk::Hook,
 };
 
@@ -35,7 +36,7 @@ impl Ruleset {
                     name,
                     Chain {
                         drops,
-                        rules: Vec::new(),
+                        ..Chain::default()
                     },
                 );
             } else if let Some((chain, rule)) = rule(line) {
@@ -56,6 +57,7 @@ impl Ruleset {
             }
         }
         rules.unset = marks::of_denied(&rules.tables);
+        tiers::tell(&mut rules.tables);
         rules
     }
 }

@@ -141,6 +141,12 @@ use self::By::{
 };
 use Direction::{Egress, Ingress};
 
+/// In the scenario, policies of other tiers than the usual one have its name before theirs.
+fn tier_of(policy: &str) -> &str {
+    let (tier, _) = policy.split_once('.').unwrap_or(("default", policy));
+    tier
+}
+
 impl By {
     fn cause(self, shown: &Shown) -> Option<Cause> {
         Some(match self {
@@ -153,6 +159,7 @@ impl By {
                         kind: is_told.then(|| kind.to_owned()),
                         name: name.to_owned(),
                     },
+                    tier: (shown.release >= Release::V3_31).then(|| tier_of(name).into()),
                     direction: Some(direction),
                     rule: shown.flow_logs.then_some(rule),
                 }

@@ -20,6 +20,7 @@ use super::{
     elements::Elements,
     marks,
     rules::{Base, Chain, Match, Rule, Ruleset, Table, Target, Verdicts, What},
+    tiers,
     walk::Hook,
 };
 
@@ -127,6 +128,7 @@ impl Ruleset {
             table.entry(rule.chain.clone()).or_default().rules.extend(read);
         }
         ruleset.unset = marks::of_denied(&ruleset.tables);
+        tiers::tell(&mut ruleset.tables);
         ruleset
     }
 
@@ -147,7 +149,7 @@ impl Ruleset {
             chain.name,
             Chain {
                 drops: chain.policy.as_deref() == Some("drop"),
-                rules: Vec::new(),
+                ..Chain::default()
             },
         );
     }
