@@ -16,6 +16,7 @@ mod drops;
 mod failures;
 mod fallbacks;
 mod faults;
+mod felix;
 mod flood;
 mod functions;
 mod ipv6;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
             causes::TESTS,
             drops::TESTS,
             faults::TESTS,
+            felix::TESTS,
             ipv6::TESTS,
             limits::TESTS,
             log::TESTS,

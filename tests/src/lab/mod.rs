@@ -260,6 +260,18 @@ impl Lab {
 
     /// Adds a pod to a node, as the CNI plugin and Felix do it.
     pub fn add_pod(&self, id: &str, node: &str, name: &str, address: Ipv4Addr) -> Result<Pod> {
+        self.add_pod_with(id, node, name, address, plan::interface_name("default", name))
+    }
+
+    /// The same, with a workload interface of this name, as of an orchestrator that names them in its own way.
+    pub fn add_pod_with(
+        &self,
+        id: &str,
+        node: &str,
+        name: &str,
+        address: Ipv4Addr,
+        interface: String,
+    ) -> Result<Pod> {
         let index = self.node_index(node)?;
         let mut state = self.state();
         ensure!(
@@ -270,7 +282,8 @@ impl Lab {
             "lab {} has a pod {id}, {name} or {address}",
             self.id
         );
-        let pod = plan::pod(&self.id, id, "default", name, &state.nodes[index], address)?;
+        let mut pod = plan::pod(&self.id, id, "default", name, &state.nodes[index], address)?;
+        pod.interface = interface;
         Namespace::create(std::slice::from_ref(&pod.namespace))?;
         self.wire_pod(&pod)?;
         state.pods.push((pod.clone(), Policy::Allow));
