@@ -24,7 +24,7 @@ pub struct Filter {
     pub port: Option<u16>,
     /// It passed the interface with this name.
     pub interface: Option<String>,
-    /// It was dropped.
+    /// It was dropped, rejected, or lost between nodes.
     pub dropped: bool,
 }
 
@@ -59,8 +59,13 @@ impl Filter {
             && self.protocol.is_none_or(|protocol| protocol.0 == flow.proto)
             && self.port.is_none_or(|port| has_port(trace, port))
             && self.interface.as_ref().is_none_or(|name| passed(trace, name))
-            && (!self.dropped || trace.verdict == Verdict::Dropped)
+            && (!self.dropped || died(trace.verdict))
     }
+}
+
+/// Whether it failed: where a traceroute's probe ends for want of hops, that is its purpose.
+fn died(verdict: Verdict) -> bool {
+    matches!(verdict, Verdict::Dropped | Verdict::Rejected | Verdict::Lost)
 }
 
 fn sender(trace: &PacketTrace, end: &End) -> bool {
@@ -261,14 +266,28 @@ mod tests {
         assert!(proto("udp") && proto("17") && !proto("tcp"));
         assert!(port(53) && port(40_000) && port(5353) && !port(54));
         assert!(interface("tunl0") && !interface("tunl"));
-        assert!(!matches(|filter| filter.dropped = true));
-        assert!(
-            Filter {
-                dropped: true,
-                ..Filter::default()
-            }
-            .matches(&sample::denied(0))
-        );
+    }
+
+    #[test]
+    fn dropped_are_those_that_failed() {
+        let filter = Filter {
+            dropped: true,
+            ..Filter::default()
+        };
+        let mut trace = sample::denied(0);
+        for (verdict, failed) in [
+            (Verdict::Dropped, true),
+            (Verdict::Rejected, true),
+            (Verdict::Lost, true),
+            (Verdict::Delivered, false),
+            (Verdict::Left, false),
+            (Verdict::Expired, false),
+            (Verdict::Unfinished, false),
+            (Verdict::Unknown, false),
+        ] {
+            trace.verdict = verdict;
+            assert_eq!(filter.matches(&trace), failed, "{verdict:?}");
+        }
     }
 
     #[test]

@@ -1,19 +1,59 @@
 //! `topology` beside `ip`.
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{DeviceOrder, Lab, Options, traffic::traceroute::Kind};
-use serde_json::Value;
+use calitrace_tests::{DeviceOrder, Lab, Need, Options, lab::netfilter::Backend, traffic::traceroute::Kind};
+use serde_json::{Value, json};
 
 use crate::{
     Test,
-    support::{run, with},
+    support::{change_nftables, change_rules, run, with},
     test,
+    traced::lab_with,
 };
 
 pub(crate) const TESTS: &[Test] = &[
     test("topology_says_what_ip_says", topology_is_ip),
     test("topology_expects_the_path_that_traceroute_prints", expected_path),
+    test("topology_tells_the_dataplane", dataplane).needs(&[Need::Program("nft")]),
 ];
+
+/// By the rules that are there, or the devices; and none where there are only others' rules.
+fn dataplane() -> Result<()> {
+    let told = |lab: &Lab| -> Result<Vec<Value>> {
+        let finished = run(&with(lab, &["topology", "-o", "json"]))?;
+        ensure!(finished.status.success(), "{}", finished.stderr);
+        let topology: Value = serde_json::from_str(&finished.stdout).context("topology's JSON")?;
+        let nodes = topology["nodes"].as_array().context("nodes")?;
+        for node in nodes {
+            let hides = node["not_seen"].as_array().context("what is not seen")?;
+            ensure!(
+                hides.iter().any(|what| what
+                    .as_str()
+                    .is_some_and(|what| what.contains("VXLAN's outer header"))),
+                "{node:#}"
+            );
+        }
+        Ok(nodes.iter().map(|node| node["dataplane"].clone()).collect())
+    };
+    for (netfilter, name) in [
+        (Backend::Legacy, "iptables"),
+        (Backend::Nft, "iptables"),
+        (Backend::Native, "nftables"),
+    ] {
+        let lab = lab_with(netfilter)?;
+        ensure!(told(&lab)? == [name, name], "{netfilter:?}");
+        // On the second node there is nothing left of Felix, on the first one there is its eBPF dataplane's device.
+        match netfilter {
+            Backend::Legacy => change_rules(&lab, "minikube-m02", "*filter\n-F\n-X\nCOMMIT\n")?,
+            Backend::Nft | Backend::Native => change_nftables(&lab, "minikube-m02", "flush ruleset\n")?,
+            Backend::Any => {}
+        }
+        lab.namespace("minikube")?
+            .ip("link add bpfin.cali type veth peer name bpfout.cali\n")?;
+        ensure!(told(&lab)? == [json!("ebpf"), Value::Null], "{netfilter:?}");
+    }
+    Ok(())
+}
 
 fn topology_is_ip() -> Result<()> {
     let lab = Lab::up(&Options::default())?;

@@ -63,7 +63,7 @@ send and receive, until interrupted. Needs root, or CAP_BPF, CAP_NET_ADMIN, CAP_
 const WATCH_AFTER: &str = "\
 Examples:
   calitrace watch                                   every flow of every pod of this machine
-  calitrace watch --pod default/web-0 --dropped     what is dropped on its way from or to a pod
+  calitrace watch --pod default/web-0 --dropped     what fails on its way from or to a pod
   calitrace watch --to 10.96.0.10 --proto udp       queries to a service, wherever they end up
   calitrace watch -o json -c 100 > packets.jsonl    a hundred packet traces for a script
   calitrace watch -w capture.jsonl --duration 1m    a minute for `calitrace read`
@@ -237,7 +237,7 @@ struct FilterArgs {
     /// Packets that passed this interface of a node
     #[arg(long, value_name = "NAME")]
     interface: Option<String>,
-    /// Dropped packets only
+    /// Only packets that were dropped, rejected, or lost between nodes
     #[arg(long)]
     dropped: bool,
 }

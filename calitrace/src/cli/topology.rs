@@ -23,7 +23,7 @@ pub(super) fn run(plan: &plan::Topology) -> Result<()> {
     }
     let topology = match &plan.between {
         Some((from, to)) => with_kernel(Topology::between(&nodes, from, to)?),
-        None => Topology::of(&nodes)?,
+        None => with_kernel(Topology::of(&nodes)?),
     };
     let mut output = Output::stdout();
     if plan.json {
@@ -40,8 +40,10 @@ pub(super) fn run(plan: &plan::Topology) -> Result<()> {
 /// With what this kernel keeps from being seen.
 fn with_kernel(mut topology: Topology) -> Topology {
     if !kernel::has_kprobes() {
-        for path in &mut topology.paths {
-            path.not_seen.push(
+        let paths = topology.paths.iter_mut().map(|path| &mut path.not_seen);
+        let nodes = topology.nodes.iter_mut().map(|node| &mut node.not_seen);
+        for not_seen in paths.chain(nodes) {
+            not_seen.push(
                 "What happens between two interfaces of a node (netfilter's hooks, the tunnel at work): this kernel has no \
                  kprobes."
                     .to_owned(),

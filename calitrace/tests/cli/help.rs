@@ -70,7 +70,7 @@ fn help_of_watch() {
               Packets that passed this interface of a node
 
           --dropped
-              Dropped packets only
+              Only packets that were dropped, rejected, or lost between nodes
 
     Output:
       -o, --output <FORM>
@@ -162,7 +162,7 @@ fn help_of_watch() {
 
     Examples:
       calitrace watch                                   every flow of every pod of this machine
-      calitrace watch --pod default/web-0 --dropped     what is dropped on its way from or to a pod
+      calitrace watch --pod default/web-0 --dropped     what fails on its way from or to a pod
       calitrace watch --to 10.96.0.10 --proto udp       queries to a service, wherever they end up
       calitrace watch -o json -c 100 > packets.jsonl    a hundred packet traces for a script
       calitrace watch -w capture.jsonl --duration 1m    a minute for `calitrace read`
@@ -192,7 +192,7 @@ fn short_help_of_read() {
           --proto <PROTOCOL>  tcp, udp, icmp, icmpv6, sctp or a protocol number
           --port <PORT>       Packets from or to this port
           --interface <NAME>  Packets that passed this interface of a node
-          --dropped           Dropped packets only
+          --dropped           Only packets that were dropped, rejected, or lost between nodes
 
     Output:
       -o, --output <FORM>     Form of the output: text, json or traceroute [default: text]

@@ -1,6 +1,7 @@
 //! What `calitrace topology` tells: each node's devices, addresses, routes, blocks and pods as the kernel has them, and the
 //! way a packet between pods is expected to take. Nothing here was observed; it is what the tables say.
 
+mod dataplane;
 mod pair;
 mod passage;
 mod path;
@@ -15,6 +16,7 @@ use anyhow::Result;
 use ipnet::IpNet;
 use serde::Serialize;
 
+pub use dataplane::Dataplane;
 pub use pair::Place;
 pub use passage::{Outer, Passage};
 pub use path::{Certainty, End, Outcome, Path, Step, expected_path};
@@ -65,6 +67,8 @@ pub struct Node {
     pub cluster: u32,
     /// Its own addresses.
     pub addresses: Vec<IpAddr>,
+    /// What carries out policies; null where nothing of Felix is seen.
+    pub dataplane: Option<Dataplane>,
     /// Its devices that have a part in pods' traffic or an address.
     pub devices: Vec<Device>,
     /// The routes that matter for pods, IPv4's first, and of each family the most specific first.
@@ -77,6 +81,8 @@ pub struct Node {
     pub pods: Vec<Pod>,
     /// Service prefixes.
     pub services: Vec<IpNet>,
+    /// What calitrace would not see there: each a sentence.
+    pub not_seen: Vec<String>,
 }
 
 /// A device of a node.
@@ -198,6 +204,7 @@ impl Node {
             netns: view.netns(),
             cluster: view.node.cluster,
             addresses: view.node.addresses.clone(),
+            dataplane: Dataplane::of(view),
             devices: view
                 .interfaces
                 .iter()
@@ -224,6 +231,7 @@ impl Node {
                 })
                 .collect(),
             services: view.services.clone(),
+            not_seen: unseen::at(view),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io::{Result, Write};
 
-use super::{Certainty, Device, Node, Outcome, Path, Route, Step, Topology};
+use super::{Certainty, Dataplane, Device, Node, Outcome, Path, Route, Step, Topology};
 use crate::event::{EncapKind, Role, RouteKind};
 
 pub(super) fn write(topology: &Topology, out: &mut dyn Write) -> Result<()> {
@@ -27,6 +27,8 @@ fn write_node(node: &Node, out: &mut dyn Write) -> Result<()> {
     )?;
     writeln!(out, "  addresses  {}", join(&node.addresses))?;
     writeln!(out, "  services   {}", join(&node.services))?;
+    let dataplane = node.dataplane.map_or("not known", Dataplane::name);
+    writeln!(out, "  dataplane  {dataplane}")?;
     writeln!(out, "  devices")?;
     let width = node
         .devices
@@ -78,6 +80,12 @@ fn write_node(node: &Node, out: &mut dyn Write) -> Result<()> {
     writeln!(out, "  other routes")?;
     for route in others {
         writeln!(out, "    {:width$}  {}", route.prefix.to_string(), reached(route))?;
+    }
+    if !node.not_seen.is_empty() {
+        writeln!(out, "  calitrace would not see")?;
+    }
+    for what in &node.not_seen {
+        writeln!(out, "    {what}")?;
     }
     Ok(())
 }
