@@ -59,12 +59,12 @@ impl Filter {
             && self.protocol.is_none_or(|protocol| protocol.0 == flow.proto)
             && self.port.is_none_or(|port| has_port(trace, port))
             && self.interface.as_ref().is_none_or(|name| passed(trace, name))
-            && (!self.dropped || died(trace.verdict))
+            && (!self.dropped || failed(trace.verdict))
     }
 }
 
-/// Whether it failed: where a traceroute's probe ends for want of hops, that is its purpose.
-fn died(verdict: Verdict) -> bool {
+/// Whether it failed. Probes of traceroute that end for want of hops did not; those that a closed port answers are rejected.
+fn failed(verdict: Verdict) -> bool {
     matches!(verdict, Verdict::Dropped | Verdict::Rejected | Verdict::Lost)
 }
 
@@ -275,7 +275,7 @@ mod tests {
             ..Filter::default()
         };
         let mut trace = sample::denied(0);
-        for (verdict, failed) in [
+        for (verdict, shown) in [
             (Verdict::Dropped, true),
             (Verdict::Rejected, true),
             (Verdict::Lost, true),
@@ -286,7 +286,7 @@ mod tests {
             (Verdict::Unknown, false),
         ] {
             trace.verdict = verdict;
-            assert_eq!(filter.matches(&trace), failed, "{verdict:?}");
+            assert_eq!(filter.matches(&trace), shown, "{verdict:?}");
         }
     }
 

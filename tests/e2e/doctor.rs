@@ -10,7 +10,7 @@ use calitrace_tests::{
 
 use crate::{
     Test,
-    support::{quiet, run, with},
+    support::{change_nftables, quiet, run, with},
     test,
 };
 
@@ -224,8 +224,7 @@ fn stranger_of_nftables() -> Result<()> {
     })?;
     let hosts = |change: &str| -> Result<()> {
         let change = format!("{change} element ip calico cali40all-vxlan-net {{ 192.168.49.3 }}\n");
-        command::run_with_input(&mut lab.exec(NODES[0], ["nft", "-f", "-"])?, &change)?;
-        Ok(())
+        change_nftables(&lab, NODES[0], &change)
     };
     none(&lab)?;
     ensure!(passes(&lab, "10.244.205.193", 84)?, "its node is known");
@@ -338,8 +337,9 @@ fn checksums() -> Result<()> {
     lab.offloads(false)?;
     ensure!(passes(&lab, "10.244.205.193", 84)?, "nothing is wrong yet");
     none(&lab)?;
-    command::run_with_input(
-        &mut lab.exec(NODES[1], ["nft", "-f", "-"])?,
+    change_nftables(
+        &lab,
+        NODES[1],
         "table ip broken {\n chain post {\n  type filter hook postrouting priority 300;\n  udp dport 4789 @th,48,16 set 0xbad\n }\n}\n",
     )?;
     ensure!(!passes(&lab, "10.244.205.193", 84)?, "the answer is lost");

@@ -35,11 +35,8 @@ fn by_xdp(mode: Mode) -> Result<()> {
         &lab,
         &["topology", "--from", &POD1.to_string(), "--to", &POD2.to_string()],
     ))?;
-    ensure!(
-        path.stdout
-            .contains("What XDP programs do in the drivers of eth0 of minikube-m02: "),
-        "{path:?}"
-    );
+    // At a veth device nothing of it is out of sight.
+    ensure!(path.status.success() && !path.stdout.contains("XDP"), "{path:?}");
     let (traces, text) = traced(&lab, "icmp", POD1, ping)?;
     ensure!(traces.len() == 3, "{traces:#?}");
     all(&traces, "dropped")?;

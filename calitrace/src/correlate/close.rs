@@ -213,7 +213,10 @@ fn lost_report(open: &Open, topology: &Topology) -> LostReport {
                 .is_encrypted(last.node, last.ifindex)
                 .then_some(EncapKind::Wireguard),
         },
-        xdp: next.and_then(|node| topology.shielded_uplink(node).cloned()),
+        xdp: next.and_then(|node| {
+            let outer = last.encap.as_ref().map(|encap| encap.dst);
+            topology.shielded_uplink(node, outer).cloned()
+        }),
     }
 }
 

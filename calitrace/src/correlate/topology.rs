@@ -60,8 +60,8 @@ pub(super) struct Beyond {
 pub(super) struct Device {
     pub(super) name: Name,
     pub(super) mtu: u32,
-    /// It is an uplink with an XDP program.
-    shields: bool,
+    /// Of uplinks: whether an XDP program in the driver decides before all hooks, and the addresses.
+    uplink: Option<(bool, Vec<IpAddr>)>,
 }
 
 #[derive(Debug, Default)]
@@ -188,7 +188,8 @@ impl Topology {
                 Device {
                     name: interface.name.as_str().into(),
                     mtu: interface.mtu,
-                    shields: interface.xdp && interface.role == Role::Uplink,
+                    uplink: (interface.role == Role::Uplink)
+                        .then(|| (interface.xdp, interface.addresses.clone())),
                 },
             );
         }
@@ -294,11 +295,22 @@ impl Topology {
         self.nodes.get(&node)?.interfaces.get(&ifindex)
     }
 
-    /// An uplink of the node at which an XDP program decides before all hooks what comes in.
-    pub(super) fn shielded_uplink(&self, node: Netns) -> Option<&Name> {
+    /// The uplink by which the node gets what is sent to this address of it, or its only one, if an XDP program decides there
+    /// before all hooks what comes in.
+    pub(super) fn shielded_uplink(&self, node: Netns, address: Option<IpAddr>) -> Option<&Name> {
         let interfaces = self.nodes.get(&node)?.interfaces.values();
-        let shielded = interfaces.filter(|device| device.shields);
-        shielded.map(|device| &device.name).min()
+        let mut uplinks: Vec<_> = interfaces
+            .filter_map(|device| Some((&device.name, device.uplink.as_ref()?)))
+            .collect();
+        if let Some(address) = address
+            && let Some(at) = uplinks.iter().position(|(_, (_, own))| own.contains(&address))
+        {
+            uplinks = vec![uplinks[at]];
+        }
+        match uplinks[..] {
+            [(name, (true, _))] => Some(name),
+            _ => None,
+        }
     }
 
     /// The pod that has `address` in `cluster`: a living one before one that is gone.

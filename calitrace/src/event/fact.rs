@@ -137,7 +137,7 @@ pub struct Interface {
     pub mtu: u32,
     /// Its addresses, without prefix lengths.
     pub addresses: Vec<IpAddr>,
-    /// An XDP program runs there. What it drops in the driver of a NIC no hook sees.
+    /// An XDP program runs in its driver. What that drops no hook sees.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub xdp: bool,
     /// It was deleted.

@@ -37,8 +37,9 @@ pub enum Direction {
     Egress,
 }
 
-/// What a pod may have so much of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What is limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Limited {
     /// Packets a second.
     Packets,
@@ -233,6 +234,7 @@ impl Serialize for Culprit {
             name: Option<&'a str>,
             kind: Option<&'a str>,
             tier: Option<&'a str>,
+            limited: Option<Limited>,
             direction: Option<Direction>,
             rule: Option<u32>,
             /// Null, as the chain, where only the rule's log is known.
@@ -266,12 +268,17 @@ impl Serialize for Culprit {
             Cause::EndOfTier { tier, .. } => Some(tier.as_str()),
             _ => None,
         };
+        let limited = match &self.cause {
+            Cause::Limit { of, .. } => Some(*of),
+            _ => None,
+        };
         Fields {
             cause: self.cause.name(),
             text: self.to_string(),
             name: name.map(String::as_str),
             kind,
             tier,
+            limited,
             direction,
             rule,
             table: known(&self.table),
@@ -320,6 +327,11 @@ const ENDPOINT: [(&str, Direction); 6] = [
     ("cali-thfw-", Direction::Egress),
     ("cali-fhfw-", Direction::Ingress),
 ];
+
+/// Whether a chain is that of a policy.
+pub(super) fn is_policy(chain: &str) -> bool {
+    beginning(without_layer(chain), &POLICY).is_some()
+}
 
 /// Whether a chain is that of a policy or a profile.
 pub(super) fn is_of_policy(chain: &str) -> bool {

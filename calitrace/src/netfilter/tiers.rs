@@ -40,7 +40,7 @@ fn of_endpoint(chain: &Chain, table: &Table, tiers: &mut Vec<(String, Arc<str>)>
         let (Some(tier), Some(asked)) = (&tier, chain_of(&rule.target)) else {
             continue;
         };
-        if culprit::is_of_policy(asked) {
+        if culprit::is_policy(asked) {
             tiers.push((asked.to_owned(), Arc::clone(tier)));
         } else if culprit::is_of_group(asked)
             && let Some(group) = table.get(asked)

@@ -92,15 +92,15 @@ impl Ruleset {
 
 /// Whether a rule's conditions hold for a packet of whose mark nothing is known.
 pub(super) fn truth(rule: &Rule, packet: &Asked<'_>, sets: &Sets) -> Truth {
-    let walk = Walk {
-        packet,
-        sets,
-        left: RULES,
-        name: "",
-        table: &Table::default(),
-        found: &mut Vec::new(),
-    };
-    walk.truth(rule, Flow::default())
+    marked_truth(rule, Flow::default(), packet, sets)
+}
+
+fn marked_truth(rule: &Rule, flow: Flow, packet: &Asked<'_>, sets: &Sets) -> Truth {
+    let each = rule
+        .matches
+        .iter()
+        .map(|condition| holds(condition, flow, packet, sets));
+    each.min().unwrap_or(Truth::Yes)
 }
 
 /// What is known of the packet's mark on one way through the rules.
@@ -209,7 +209,7 @@ impl Walk<'_> {
         for (index, rule) in chain.rules.iter().enumerate() {
             let Some(now) = here else { break };
             self.left = self.left.saturating_sub(1);
-            let truth = self.truth(rule, now);
+            let truth = marked_truth(rule, now, self.packet, self.sets);
             if truth == Truth::No {
                 continue;
             }
@@ -279,58 +279,50 @@ impl Walk<'_> {
             }
         }
     }
+}
 
-    fn truth(&self, rule: &Rule, flow: Flow) -> Truth {
-        let each = rule.matches.iter().map(|condition| self.holds(condition, flow));
-        each.min().unwrap_or(Truth::Yes)
-    }
-
-    fn holds(&self, condition: &Match, flow: Flow) -> Truth {
-        let packet = self.packet;
-        let address = |end| match end {
-            End::Source => packet.src,
-            End::Destination => packet.dst,
-        };
-        let truth = match &condition.what {
-            What::Address(end, net) => net.contains(&address(*end)).into(),
-            What::Device(Way::In, pattern) => device(packet.input, pattern),
-            What::Device(Way::Out, pattern) => device(packet.output, pattern),
-            What::Protocol(number) => (packet.proto == *number).into(),
-            What::Ports(end, ranges) => match (packet.ports, end) {
-                (Some((port, _)), End::Source) | (Some((_, port)), End::Destination) => ranges
-                    .iter()
-                    .any(|(first, last)| (*first..=*last).contains(&port))
-                    .into(),
-                (None, _) => Truth::Perhaps,
-            },
-            What::State(asked) => match packet.states.0 & asked {
-                0 => Truth::No,
-                all if all == packet.states.0 => Truth::Yes,
-                _ => Truth::Perhaps,
-            },
-            What::Mark { value, mask } => {
-                let differs = (flow.value ^ value) & mask & flow.known;
-                match (differs, mask & !flow.known) {
-                    (0, 0) => Truth::Yes,
-                    (0, _) => Truth::Perhaps,
-                    _ => Truth::No,
-                }
+/// Whether a condition holds for a packet with this mark.
+fn holds(condition: &Match, flow: Flow, packet: &Asked<'_>, sets: &Sets) -> Truth {
+    let address = |end| match end {
+        End::Source => packet.src,
+        End::Destination => packet.dst,
+    };
+    let truth = match &condition.what {
+        What::Address(end, net) => net.contains(&address(*end)).into(),
+        What::Device(Way::In, pattern) => device(packet.input, pattern),
+        What::Device(Way::Out, pattern) => device(packet.output, pattern),
+        What::Protocol(number) => (packet.proto == *number).into(),
+        What::Ports(end, ranges) => match (packet.ports, end) {
+            (Some((port, _)), End::Source) | (Some((_, port)), End::Destination) => ranges
+                .iter()
+                .any(|(first, last)| (*first..=*last).contains(&port))
+                .into(),
+            (None, _) => Truth::Perhaps,
+        },
+        What::State(asked) => match packet.states.0 & asked {
+            0 => Truth::No,
+            all if all == packet.states.0 => Truth::Yes,
+            _ => Truth::Perhaps,
+        },
+        What::Mark { value, mask } => {
+            let differs = (flow.value ^ value) & mask & flow.known;
+            match (differs, mask & !flow.known) {
+                (0, 0) => Truth::Yes,
+                (0, _) => Truth::Perhaps,
+                _ => Truth::No,
             }
-            What::Icmp(kind, (first, last)) => match packet.icmp {
-                Some((of, code)) => (of == *kind && (*first..=*last).contains(&code)).into(),
-                None => Truth::Perhaps,
-            },
-            What::Local(end) => packet.local.contains(&address(*end)).into(),
-            What::Set(name, ends) => self
-                .sets
-                .has(name, ends, packet)
-                .map_or(Truth::Perhaps, Truth::from),
-            What::Among(keys, elements) => elements.has(keys, packet),
-            What::Unreachable if packet.is_from_there => Truth::No,
-            What::Unreachable | What::Unknown => Truth::Perhaps,
-        };
-        truth.turned_if(condition.not)
-    }
+        }
+        What::Icmp(kind, (first, last)) => match packet.icmp {
+            Some((of, code)) => (of == *kind && (*first..=*last).contains(&code)).into(),
+            None => Truth::Perhaps,
+        },
+        What::Local(end) => packet.local.contains(&address(*end)).into(),
+        What::Set(name, ends) => sets.has(name, ends, packet).map_or(Truth::Perhaps, Truth::from),
+        What::Among(keys, elements) => elements.has(keys, packet),
+        What::Unreachable if packet.is_from_there => Truth::No,
+        What::Unreachable | What::Unknown => Truth::Perhaps,
+    };
+    truth.turned_if(condition.not)
 }
 
 fn device(device: Device<'_>, pattern: &str) -> Truth {

@@ -49,7 +49,7 @@ pub struct Link {
     pub vxlan: Option<Vxlan>,
     /// Local and remote address of an IPIP device, unspecified addresses left out.
     pub ipip: Option<Ipip>,
-    /// An XDP program runs there (`IFLA_XDP_ATTACHED`), in the driver or behind it.
+    /// An XDP program runs there before there is an `sk_buff` (`IFLA_XDP_ATTACHED`).
     pub xdp: bool,
 }
 

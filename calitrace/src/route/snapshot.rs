@@ -135,6 +135,7 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
         flags: message.header.flags.bits(),
         ..Link::default()
     };
+    let mut has_xdp = false;
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
@@ -143,7 +144,7 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
             LinkAttribute::Controller(master) if master != 0 => link.master = Some(master),
             LinkAttribute::Link(peer) if peer != 0 => link.link = Some(peer),
             LinkAttribute::LinkNetNsId(id) if id >= 0 => link.link_netnsid = Some(id),
-            LinkAttribute::Xdp(settings) => link.xdp = settings.iter().any(is_attached),
+            LinkAttribute::Xdp(settings) => has_xdp = settings.iter().any(is_in_driver),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     match info {
@@ -158,11 +159,15 @@ fn link(message: RouteNetlinkMessage) -> Option<Link> {
             _ => {}
         }
     }
+    // What comes in by a veth device is an `sk_buff` already, and seen when it is freed (`veth_xdp_rcv_skb`,
+    // `drivers/net/veth.c`, Linux 6.18).
+    link.xdp = has_xdp && link.kind.as_deref() != Some("veth");
     Some(link)
 }
 
-fn is_attached(setting: &LinkXdp) -> bool {
-    matches!(setting, LinkXdp::Attached(how) if *how != XdpAttached::None)
+/// Those behind the driver get an `sk_buff` (`do_xdp_generic`, `net/core/dev.c`, Linux 6.18).
+fn is_in_driver(setting: &LinkXdp) -> bool {
+    matches!(setting, LinkXdp::Attached(how) if !matches!(how, XdpAttached::None | XdpAttached::SocketBuffer))
 }
 
 fn vlan(settings: &[InfoVlan]) -> Option<u16> {

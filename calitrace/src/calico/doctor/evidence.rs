@@ -50,7 +50,10 @@ impl Evidence {
             pod_mtus: pod_mtus(view)?,
             fallback_tunnels: match &firewall {
                 Some(firewall) if tunnels::lacks_ipip(&view.snapshot, firewall) => {
-                    FallbackTunnels::read(&view.handle)?
+                    FallbackTunnels::read(&view.handle).unwrap_or_else(|error| {
+                        log::warn!("which namespaces get a tunl0 is not judged: {error:#}");
+                        None
+                    })
                 }
                 _ => None,
             },

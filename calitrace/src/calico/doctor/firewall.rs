@@ -6,12 +6,17 @@ use anyhow::{Context as _, Result};
 
 use crate::{
     iptables::{self, Shown},
-    netfilter::{Ruleset, Sets, Sources},
-    nftables,
+    netfilter::{Asked, Ruleset, Sets, Sources},
+    nftables::{self, Table},
 };
 
 /// Felix' table in Calico's nftables mode, of each family (`felix/dataplane/linux/int_dataplane.go`, Calico 3.34).
 const CALICO: &str = "calico";
+
+/// Whether a table of nftables is Felix'.
+pub(in crate::calico) fn is_calico(table: &Table) -> bool {
+    table.name == CALICO && matches!(table.family, "ip" | "ip6")
+}
 
 /// The rules of a node and the sets that they look into.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,15 +38,13 @@ impl Firewall {
     pub(in crate::calico) fn read() -> Result<Self> {
         let mut firewall = Self::default();
         if nftables::are_there() {
-            for table in nftables::tables()? {
-                let text = match table.family {
-                    "ip" => &mut firewall.native_v4,
-                    "ip6" => &mut firewall.native_v6,
-                    _ => continue,
+            for table in nftables::tables()?.iter().filter(|table| is_calico(table)) {
+                let text = if table.family == "ip" {
+                    &mut firewall.native_v4
+                } else {
+                    &mut firewall.native_v6
                 };
-                if table.name == CALICO {
-                    *text = nftables::list_with_nat(&table)?.context("nft is not on the path")?;
-                }
+                *text = nftables::list_with_nat(table)?.context("nft is not on the path")?;
             }
         }
         let is_native = !firewall.native_v4.is_empty();
@@ -64,8 +67,23 @@ impl Firewall {
         Ok(firewall)
     }
 
-    /// The rules of one family: iptables', and those of Calico's nftables mode.
-    pub(in crate::calico) fn rules(&self, ipv6: bool) -> [Ruleset; 2] {
+    /// Whether Felix gives any packet of a pod the node's address; none if there are no rules of its for that.
+    pub(super) fn has_masquerading(&self, ipv6: bool) -> Option<bool> {
+        let rules = self.rules(ipv6);
+        either(rules.iter().filter_map(Ruleset::has_masquerading).map(Some))
+    }
+
+    /// Whether Felix gives the packet another source; none if there are no rules of its for that, or they leave it open.
+    pub(in crate::calico) fn masquerades(&self, packet: &Asked<'_>) -> Option<bool> {
+        let rules = self.rules(packet.src.is_ipv6());
+        let unread = Sets::default();
+        let sets = self.sets.as_ref().unwrap_or(&unread);
+        let of_felix = rules.iter().filter(|rules| rules.has_masquerading().is_some());
+        either(of_felix.map(|rules| rules.masquerades(packet, sets)))
+    }
+
+    /// The rules of one family: iptables', and those of Calico's nftables mode. Where both have some, packets go through both.
+    fn rules(&self, ipv6: bool) -> [Ruleset; 2] {
         let (iptables, native) = self.texts(ipv6);
         [Ruleset::parse(iptables), Ruleset::parse_nft(native, ipv6)]
     }
@@ -90,6 +108,15 @@ impl Firewall {
             (&self.v4, &self.native_v4)
         }
     }
+}
+
+/// Whether one of them does it; none if that is open, or there is none.
+fn either(answers: impl Iterator<Item = Option<bool>>) -> Option<bool> {
+    let answers: Vec<Option<bool>> = answers.collect();
+    if answers.contains(&Some(true)) {
+        return Some(true);
+    }
+    (!answers.is_empty() && !answers.contains(&None)).then_some(false)
 }
 
 /// Whom packets are taken from.

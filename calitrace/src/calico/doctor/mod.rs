@@ -23,6 +23,7 @@ use ipnet::IpNet;
 pub use evidence::{Conntrack, Evidence, Sysctls};
 pub use fallback::FallbackTunnels;
 pub use firewall::Firewall;
+pub(super) use firewall::is_calico;
 
 use super::view::NodeView;
 use crate::{

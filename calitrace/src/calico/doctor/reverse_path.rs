@@ -1,7 +1,7 @@
 //! Reverse path filters, by which the kernel drops what comes by another device than its answer would leave by.
 
 use super::Findings;
-use crate::{event::Role, netfilter::Ruleset};
+use crate::event::Role;
 
 pub(super) fn check(findings: &mut Findings<'_>) {
     loose(findings);
@@ -37,7 +37,7 @@ fn strict(findings: &mut Findings<'_>) {
         .evidence
         .firewall
         .as_ref()
-        .and_then(|firewall| firewall.rules(false).iter().find_map(Ruleset::has_masquerading));
+        .and_then(|firewall| firewall.has_masquerading(false));
     let tunnelled = findings
         .node
         .to_blocks()

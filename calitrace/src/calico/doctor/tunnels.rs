@@ -75,7 +75,7 @@ fn ipip(findings: &mut Findings<'_>) {
          are lost.",
         some(&without_route)
     );
-    if let Some(link) = snapshot.links.iter().find(|link| is_ipip(link)) {
+    if let Some(link) = snapshot.links.iter().find(|link| is_calicos(link)) {
         let down = if link.up() { "" } else { ", and is down" };
         findings.problem(
             format!("{} has neither address nor routes{down}, {lost}", link.name),
@@ -89,9 +89,12 @@ fn ipip(findings: &mut Findings<'_>) {
         Some(kernel) => {
             let setting = format!("net.{}", fallback::SETTING.replace('/', "."));
             let (place, lasting) = if kernel.initial {
-                ("", format!("{setting}=1"))
+                ("", format!("{setting}=1 before the module ipip is loaded (at boot)"))
             } else {
-                (", and the node is in a container", format!("{setting}=0 on the host"))
+                (
+                    ", and the node is in a container",
+                    format!("{setting}=0 on the host before the node is made"),
+                )
             };
             findings.problem(
                 format!(
@@ -99,8 +102,8 @@ fn ipip(findings: &mut Findings<'_>) {
                     kernel.setting
                 ),
                 format!(
-                    "Add it in the node (ip link add tunl0 type ipip), and Felix sets it up; to last, set {lasting} before the \
-                     node is made, or update Calico."
+                    "Add it in the node (ip link add tunl0 type ipip), and Felix sets it up; to last, set {lasting}, or update \
+                     Calico."
                 ),
             );
         }
@@ -116,13 +119,18 @@ fn is_ipip(link: &Link) -> bool {
     anatomy::encap_of(link) == Some(EncapKind::Ipip)
 }
 
+/// Others may have devices of this kind, too.
+fn is_calicos(link: &Link) -> bool {
+    link.name == "tunl0" && is_ipip(link)
+}
+
 /// Whether IPIP is meant, and there is no device for it.
 pub(super) fn lacks_ipip(snapshot: &Snapshot, firewall: &Firewall) -> bool {
-    firewall.sources(ALL_HOSTS, false).next().is_some() && !snapshot.links.iter().any(is_ipip)
+    firewall.sources(ALL_HOSTS, false).next().is_some() && !snapshot.links.iter().any(is_calicos)
 }
 
 /// Other nodes from which IPIP is taken, and to whose pods no route leads. With pools of several kinds, or of which IPIP's is
-/// not used any more, there may be others' routes.
+/// not used any more, there may be others' routes. Single hosts that are no nodes (`externalNodeCIDRs`) are among them.
 fn without_route(findings: &Findings<'_>, firewall: &Firewall) -> Vec<String> {
     let node = &findings.node;
     let is_own = |one: &IpAddr| node.snapshot.addresses.iter().any(|own| own.address == *one);
@@ -246,6 +254,15 @@ mod tests {
         assert_eq!(told.len(), 1, "{told:?}");
         assert!(
             told[0].starts_with("tunl0 has neither address nor routes, though"),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn somebody_else_s_tunnel_is_not_calico_s() {
+        let told = told(ill().with_unused("ipip0", "ipip"), RULE, Some((2, true)));
+        assert!(
+            told.len() == 1 && told[0].starts_with("There is no tunl0, "),
             "{told:?}"
         );
     }

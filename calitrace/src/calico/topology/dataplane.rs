@@ -1,9 +1,12 @@
 //! What carries out Calico's policies on a node.
 
+use anyhow::Result;
 use serde::Serialize;
 
 use crate::{
-    calico::{doctor::Firewall, view::NodeView},
+    calico::{doctor::is_calico, view::NodeView},
+    iptables::{self, Shown},
+    nftables,
     route::Link,
 };
 
@@ -21,7 +24,7 @@ pub enum Dataplane {
 
 /// The devices of Calico's eBPF dataplane in a node (`felix/dataplane/linux/dataplanedefs/dataplane_defs.go`, Calico 3.34).
 const EBPF_DEVICES: [&str; 2] = ["bpfin.cali", "bpfout.cali"];
-/// Felix' first chain in the table `filter` (`felix/rules/rule_defs.go`, Calico 3.34). In eBPF mode there are others.
+/// Felix' chain in the table `filter` (`felix/rules/rule_defs.go`, Calico 3.34).
 const FORWARD: &str = "\n:cali-FORWARD ";
 
 impl Dataplane {
@@ -30,23 +33,32 @@ impl Dataplane {
         if has_ebpf(&view.snapshot.links) {
             return Some(Self::Ebpf);
         }
-        match view.handle.run(Firewall::read) {
-            Ok(firewall) => Self::by_rules(&firewall),
+        match view.handle.run(Self::by_rules) {
+            Ok(found) => found,
             Err(error) => {
-                log::warn!("the rules of the node {} are not read: {error:#}", view.node.name);
+                log::warn!(
+                    "the dataplane of the node {} is not told: {error:#}",
+                    view.node.name
+                );
                 None
             }
         }
     }
 
-    fn by_rules(firewall: &Firewall) -> Option<Self> {
-        if !firewall.native_v4.is_empty() || !firewall.native_v6.is_empty() {
-            return Some(Self::Nftables);
+    /// By the rules of the namespace that the calling thread is in.
+    fn by_rules() -> Result<Option<Self>> {
+        if nftables::are_there() && nftables::tables()?.iter().any(is_calico) {
+            return Ok(Some(Self::Nftables));
         }
-        let mut iptables = [&firewall.v4, &firewall.v6].into_iter();
-        iptables
-            .any(|rules| rules.contains(FORWARD))
-            .then_some(Self::Iptables)
+        let mut missing = None;
+        for tool in iptables::tools() {
+            match iptables::rules(tool)? {
+                Shown::Rules(_, text) if text.contains(FORWARD) => return Ok(Some(Self::Iptables)),
+                Shown::Rules(..) | Shown::Nothing => {}
+                Shown::Missing => missing = Some(tool.is_missing()),
+            }
+        }
+        missing.map_or(Ok(None), Err)
     }
 
     /// As people call it.
@@ -94,22 +106,5 @@ mod tests {
             link("vxlan.calico", false),
             link("cilium_vxlan", true)
         ]));
-    }
-
-    #[test]
-    fn rules_tell_the_others() {
-        let by = |v4: &str, native_v4: &str| {
-            Dataplane::by_rules(&Firewall {
-                v4: v4.to_owned(),
-                native_v4: native_v4.to_owned(),
-                ..Firewall::default()
-            })
-        };
-        let felix = "*filter\n:FORWARD ACCEPT [0:0]\n:cali-FORWARD - [0:0]\nCOMMIT\n";
-        assert_eq!(by(felix, ""), Some(Dataplane::Iptables));
-        assert_eq!(by("", "{}\n"), Some(Dataplane::Nftables));
-        // What was left by the mode before does nothing any more.
-        assert_eq!(by(felix, "{}\n"), Some(Dataplane::Nftables));
-        assert_eq!(by("*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n", ""), None);
     }
 }

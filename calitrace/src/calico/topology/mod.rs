@@ -67,7 +67,7 @@ pub struct Node {
     pub cluster: u32,
     /// Its own addresses.
     pub addresses: Vec<IpAddr>,
-    /// What carries out policies; null where nothing of Felix is seen.
+    /// What carries out policies; null where nothing of Felix is seen, or its rules cannot be read.
     pub dataplane: Option<Dataplane>,
     /// Its devices that have a part in pods' traffic or an address.
     pub devices: Vec<Device>,

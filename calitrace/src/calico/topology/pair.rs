@@ -9,7 +9,7 @@ use super::{Masquerade, Path, service, unseen};
 use crate::{
     calico::{doctor::Firewall, view::NodeView},
     event,
-    netfilter::{Asked, Device, Sets, States},
+    netfilter::{Asked, Device, States},
 };
 
 /// An end of a path, as a user names it.
@@ -254,13 +254,9 @@ fn masquerade(start: &NodeView, path: &Path, firewall: &Firewall) -> Result<Opti
             address: None,
         }));
     }
-    let rules = firewall.rules(from.is_ipv6());
-    let unread = Sets::default();
-    let sets = firewall.sets.as_ref().unwrap_or(&unread);
     // To a service kube-proxy may masquerade, too: a pod's packets to itself, or all.
-    let applies = rules
-        .iter()
-        .find_map(|rules| rules.masquerades(&packet, sets))
+    let applies = firewall
+        .masquerades(&packet)
         .filter(|applies| *applies || path.service.is_none());
     Ok(applies.map(|applies| Masquerade {
         applies,

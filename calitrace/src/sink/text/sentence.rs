@@ -125,8 +125,8 @@ fn culprits(all: &[Culprit]) -> String {
 
 /// The reason in plain words. Kernels before 5.17 give none, but netfilter's drops have a function of their own.
 fn meaning(report: &DropReport) -> Option<String> {
-    match (report.reason.as_deref(), report.location.as_deref()) {
-        (Some("NETFILTER_DROP"), _) | (None, Some("nf_hook_slow")) => {
+    match report.reason.as_deref() {
+        _ if is_netfilter(report) => {
             let hook = report.netfilter.map(|hook| format!(" {hook}"));
             let unnamed = if report.culprits.is_empty() {
                 " (a policy or firewall rule)"
@@ -135,7 +135,7 @@ fn meaning(report: &DropReport) -> Option<String> {
             };
             Some(format!("netfilter{}{unnamed}", hook.unwrap_or_default()))
         }
-        (reason, _) => match &report.route {
+        reason => match &report.route {
             Some(route) => Some(dead_end(route)),
             None => reason
                 .and_then(known)
@@ -143,6 +143,13 @@ fn meaning(report: &DropReport) -> Option<String> {
                 .map(str::to_owned),
         },
     }
+}
+
+fn is_netfilter(report: &DropReport) -> bool {
+    matches!(
+        (report.reason.as_deref(), report.location.as_deref()),
+        (Some("NETFILTER_DROP"), _) | (None, Some("nf_hook_slow"))
+    )
 }
 
 fn dead_end(route: &DeadEnd) -> String {
@@ -208,7 +215,7 @@ fn rejected(packet: &PacketTrace) -> String {
     let refused = packet
         .drop
         .as_ref()
-        .filter(|report| !report.culprits.is_empty() || report.route.is_some());
+        .filter(|report| is_netfilter(report) || report.route.is_some());
     let Some(report) = refused else {
         return format!("✗ rejected by {}: {how}{end}", answer.address);
     };

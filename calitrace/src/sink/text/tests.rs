@@ -164,6 +164,9 @@ fn a_rule_that_rejects_is_named_with_who_answers() {
     let answer = trace.answer.as_mut().unwrap();
     (answer.kind, answer.icmp, answer.address) = (AnswerKind::Reset, None, "10.244.205.193".parse().unwrap());
     insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: no profile (egress) allows the packet · netfilter FORWARD, NETFILTER_DROP at nft_do_chain; the node sent a TCP reset in the name of 10.244.205.193");
+    // The rules are not known.
+    trace.drop.as_mut().unwrap().culprits.clear();
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain; 10.244.205.193 sent TCP reset to 10.244.120.67");
     // It came to its receiver.
     trace.drop = None;
     insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.205.193: TCP reset");
