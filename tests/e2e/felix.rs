@@ -3,9 +3,7 @@
 //! `tests/felix-rules/scenario.go`.
 
 use std::{
-    fs,
     net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket},
-    path::Path,
     time::Duration,
 };
 
@@ -20,37 +18,49 @@ use crate::{
     traced::lab_with,
 };
 
+/// A rule set: its name, and what the tool showed. Guests have no folder of these.
+type RuleSet = (&'static str, &'static str);
+
+macro_rules! rule_sets {
+    ($($name:literal),+) => {
+        &[$(($name, include_str!(concat!("../felix/", $name)))),+]
+    };
+}
+
+const SETS: &str = include_str!("../felix/ipsets");
+
 pub(crate) const TESTS: &[Test] = &[
     test("rules_of_felix_s_own_in_iptables_legacy", || {
         by_rules(
             Backend::Legacy,
-            &["v3.28/plain", "v3.31-by-hand/flow-logs", "v3.33-by-hand/plain"],
-            "legacy.save",
+            rule_sets![
+                "v3.28/plain.legacy.save",
+                "v3.31-by-hand/flow-logs.legacy.save",
+                "v3.33-by-hand/plain.legacy.save"
+            ],
         )
     })
     .needs(&[Need::Program("ipset")]),
     test("rules_of_felix_s_own_in_iptables_nft", || {
         by_rules(
             Backend::Nft,
-            &[
-                "v3.28/plain",
-                "v3.31-by-hand/flow-logs",
-                "v3.33-by-hand/plain",
-                "v3.33-by-hand/reject",
+            rule_sets![
+                "v3.28/plain.nft.save",
+                "v3.31-by-hand/flow-logs.nft.save",
+                "v3.33-by-hand/plain.nft.save",
+                "v3.33-by-hand/reject.nft.save"
             ],
-            "nft.save",
         )
     })
     .needs(&[Need::Program("ipset")]),
     test("rules_of_felix_s_own_in_nftables", || {
         by_rules(
             Backend::Native,
-            &[
-                "v3.31-by-hand/flow-logs",
-                "v3.33-by-hand/plain",
-                "v3.33-by-hand/reject",
+            rule_sets![
+                "v3.31-by-hand/flow-logs.json",
+                "v3.33-by-hand/plain.json",
+                "v3.33-by-hand/reject.json"
             ],
-            "json",
         )
     })
     .needs(&[Need::Program("nft")]),
@@ -187,26 +197,21 @@ fn cases(lab: &Lab, has_tiers: bool) -> Result<Vec<Case>> {
     Ok(cases)
 }
 
-fn by_rules(backend: Backend, sets: &[&str], end: &str) -> Result<()> {
+fn by_rules(backend: Backend, rule_sets: &[RuleSet]) -> Result<()> {
     let lab = lab_with(backend)?;
     for endpoint in ENDPOINTS {
         let id = pod(endpoint);
         let interface = format!("cali{}", endpoint.to_string().repeat(11));
         lab.add_pod_with(&id, NODE, &id, address(endpoint)?, interface)?;
     }
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("felix");
-    let read = |name: &str| {
-        let file = folder.join(name);
-        fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))
-    };
     // nftables has its own.
     if backend != Backend::Native {
-        command::run_with_input(&mut lab.exec(NODE, ["ipset", "restore"])?, &read("ipsets")?)?;
+        command::run_with_input(&mut lab.exec(NODE, ["ipset", "restore"])?, SETS)?;
     }
-    for set in sets {
-        load(&lab, &read(&format!("{set}.{end}"))?).with_context(|| format!("load {set}"))?;
-        let cases = cases(&lab, !set.starts_with("v3.28"))?;
-        judge(&lab, &cases, set.ends_with("/reject")).with_context(|| format!("by {set}.{end}"))?;
+    for (name, text) in rule_sets {
+        load(&lab, text).with_context(|| format!("load {name}"))?;
+        let cases = cases(&lab, !name.starts_with("v3.28"))?;
+        judge(&lab, &cases, name.contains("/reject.")).with_context(|| format!("by {name}"))?;
     }
     Ok(())
 }
