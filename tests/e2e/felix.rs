@@ -220,7 +220,8 @@ fn by_rules(backend: Backend, rule_sets: &[RuleSet]) -> Result<()> {
 fn load(lab: &Lab, text: &str) -> Result<()> {
     let (command, input): (&[&str], String) = match lab.options().netfilter {
         Backend::Native => (
-            &["nft", "-j", "-f", "-"],
+            // Guests have no /dev/stdin, which `-` stands for.
+            &["nft", "-j", "-f", "/proc/self/fd/0"],
             json!({ "nftables": in_order(text)? }).to_string(),
         ),
         Backend::Legacy => (&["iptables-legacy-restore", "-w", "10"], text.to_owned()),
