@@ -5,9 +5,10 @@ use std::net::IpAddr;
 use super::{
     AnswerKind, Name,
     firewall::Firewall,
+    node::Device,
     open::{Open, Seen},
     timers::MILLISECOND,
-    topology::{Device, Topology},
+    topology::Topology,
     waypoint,
 };
 use crate::{

@@ -18,6 +18,7 @@ mod join;
 mod key;
 mod ledger;
 mod nat;
+mod node;
 mod open;
 mod order;
 #[cfg(test)]

@@ -1,16 +1,21 @@
 //! What the facts say: nodes, interfaces, pods, routes, hop addresses, translations. Answers questions about places and
 //! addresses; knows nothing of packets and traces.
 
-use std::{cell::RefCell, net::IpAddr};
+use std::net::IpAddr;
 
 use calitrace_ebpf::shared::NODE_PORTS;
 use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::{Name, firewall::Firewall, ledger::Ledgers};
+use super::{
+    Name,
+    firewall::Firewall,
+    ledger::Ledgers,
+    node::{Device, NodeTables},
+};
 use crate::event::{
-    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Role, Route, RouteKind,
+    Clock, Encap, EncapKind, Fact, Flow, HopAddress, Interface, Netns, Node, Pod, Route, RouteKind,
     machine_of,
 };
 
@@ -55,38 +60,6 @@ pub(super) struct Beyond {
     pub(super) remote_node: Option<IpAddr>,
 }
 
-/// An interface of a node.
-#[derive(Debug)]
-pub(super) struct Device {
-    pub(super) name: Name,
-    pub(super) mtu: u32,
-    /// Of uplinks: whether an XDP program in the driver decides before all hooks, and the addresses.
-    uplink: Option<(bool, Vec<IpAddr>)>,
-}
-
-#[derive(Debug, Default)]
-struct NodeInfo {
-    name: Option<Name>,
-    cluster: Option<u32>,
-    addresses: Vec<IpAddr>,
-    routes: Vec<Route>,
-    /// Index of the route by destination.
-    looked_up: RefCell<FxHashMap<IpAddr, Option<usize>>>,
-    interfaces: FxHashMap<u32, Device>,
-    firewall: Firewall,
-}
-
-impl NodeInfo {
-    /// Whether an IPAM block of the node has the address: such a block is a blackhole in its routes.
-    fn has_block(&self, address: IpAddr) -> bool {
-        let mut blocks = self
-            .routes
-            .iter()
-            .filter(|route| route.kind == RouteKind::Blackhole);
-        blocks.any(|route| route.prefix.contains(&address))
-    }
-}
-
 #[derive(Debug)]
 struct PodInfo {
     node: Netns,
@@ -95,8 +68,6 @@ struct PodInfo {
     gone: bool,
 }
 
-/// Look-ups kept for each node; destinations are few, so when there are more they are forgotten all at once.
-const LOOKED_UP: usize = 65_536;
 /// Former hop addresses kept for packets that passed before a change.
 const HISTORY: usize = 4;
 
@@ -106,7 +77,7 @@ type History = SmallVec<[(u64, Option<IpAddr>); 1]>;
 /// The tables.
 #[derive(Debug, Default)]
 pub(super) struct Topology {
-    nodes: FxHashMap<Netns, NodeInfo>,
+    nodes: FxHashMap<Netns, NodeTables>,
     clusters: SmallVec<[u32; 4]>,
     pods: FxHashMap<IpAddr, SmallVec<[PodInfo; 1]>>,
     pod_namespaces: FxHashMap<Netns, (Netns, u32)>,
@@ -130,11 +101,7 @@ impl Topology {
             Fact::Interface(interface) => self.interface(interface),
             Fact::Pod(pod) => self.pod(pod),
             Fact::Routes { netns, routes, .. } => {
-                let node = self.nodes.entry(*netns).or_default();
-                node.routes.clone_from(routes);
-                node.routes
-                    .sort_by_key(|route| std::cmp::Reverse(route.prefix.prefix_len()));
-                node.looked_up.get_mut().clear();
+                self.nodes.entry(*netns).or_default().set_routes(routes);
             }
             Fact::HopAddress(hop) => self.hop(hop),
             Fact::Services { prefixes, .. } => self.services.clone_from(prefixes),
@@ -183,15 +150,7 @@ impl Topology {
     fn interface(&mut self, interface: &Interface) {
         if !interface.gone {
             let node = self.nodes.entry(interface.netns).or_default();
-            node.interfaces.insert(
-                interface.ifindex,
-                Device {
-                    name: interface.name.as_str().into(),
-                    mtu: interface.mtu,
-                    uplink: (interface.role == Role::Uplink)
-                        .then(|| (interface.xdp, interface.addresses.clone())),
-                },
-            );
+            node.interfaces.insert(interface.ifindex, Device::of(interface));
         }
     }
 
@@ -298,19 +257,7 @@ impl Topology {
     /// The uplink by which the node gets what is sent to this address of it, or its only one, if an XDP program decides there
     /// before all hooks what comes in.
     pub(super) fn shielded_uplink(&self, node: Netns, address: Option<IpAddr>) -> Option<&Name> {
-        let interfaces = self.nodes.get(&node)?.interfaces.values();
-        let mut uplinks: Vec<_> = interfaces
-            .filter_map(|device| Some((&device.name, device.uplink.as_ref()?)))
-            .collect();
-        if let Some(address) = address
-            && let Some(at) = uplinks.iter().position(|(_, (_, own))| own.contains(&address))
-        {
-            uplinks = vec![uplinks[at]];
-        }
-        match uplinks[..] {
-            [(name, (true, _))] => Some(name),
-            _ => None,
-        }
+        self.nodes.get(&node)?.shielded_uplink(address)
     }
 
     /// The pod that has `address` in `cluster`: a living one before one that is gone.
@@ -393,17 +340,7 @@ impl Topology {
 
     /// The most specific route of `node` to `address`.
     pub(super) fn route(&self, node: Netns, address: IpAddr) -> Option<&Route> {
-        let info = self.nodes.get(&node)?;
-        let mut looked_up = info.looked_up.borrow_mut();
-        if looked_up.len() >= LOOKED_UP {
-            looked_up.clear();
-        }
-        let index = *looked_up.entry(address).or_insert_with(|| {
-            info.routes
-                .iter()
-                .position(|route| route.prefix.contains(&address))
-        });
-        info.routes.get(index?)
+        self.nodes.get(&node)?.route(address)
     }
 
     /// What lies beyond `node` on the way to `address`; none without a route that sends on. Other nodes are on a link
@@ -484,7 +421,7 @@ impl Topology {
 
     /// The other node of `cluster` whose pod or block has `address`.
     fn home(&self, cluster: u32, node: Netns, address: IpAddr) -> Next {
-        let has_block = |(netns, info): (&Netns, &NodeInfo)| {
+        let has_block = |(netns, info): (&Netns, &NodeTables)| {
             (info.cluster == Some(cluster) && info.has_block(address)).then_some(*netns)
         };
         let owner = self.owner(cluster, address).map(|owner| owner.node);

@@ -13,7 +13,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{
-    Cause, Culprit, Direction, PolicyName, Ruleset, culprit,
+    Cause, Culprit, Direction, PolicyName, Ruleset, meaning,
     rules::{Chain, Target},
 };
 
@@ -267,17 +267,17 @@ impl Logged {
 
 /// A policy by its id, and whether it is staged.
 fn policy(id: &str) -> (PolicyName, bool) {
-    let named = culprit::of_id(id);
+    let named = meaning::of_id(id);
     if let Some(kind) = &named.kind {
         let staged = kind.starts_with("Staged");
         return (named, staged);
     }
     match id.split_once(STAGED) {
         Some((namespace, own)) if namespace.is_empty() || namespace.ends_with('/') => {
-            let named = culprit::before_kinds(&format!("{namespace}{own}"));
+            let named = meaning::before_kinds(&format!("{namespace}{own}"));
             (named, true)
         }
-        _ => (culprit::before_kinds(id), false),
+        _ => (meaning::before_kinds(id), false),
     }
 }
 
@@ -345,7 +345,7 @@ fn logger(table: &str, name: &str, chain: &Chain, index: usize) -> Option<Logger
             .iter()
             .position(|rule| !matches!(rule.target, Target::Log(_)))?;
     Some(Logger {
-        next: culprit::of_rule(table, name, chain, next),
+        next: meaning::of_rule(table, name, chain, next),
         drops: matches!(chain.rules[next].target, Target::Drop | Target::Reject),
     })
 }

@@ -3,7 +3,7 @@
 use rustc_hash::FxHashMap;
 
 use super::{
-    culprit,
+    meaning,
     rules::{Rule, Table, Target, What},
 };
 
@@ -15,7 +15,7 @@ pub(super) fn of_denied(tables: &FxHashMap<String, Table>) -> u32 {
     let (mut asked, mut set) = (0, 0);
     for (name, chain) in tables.values().flatten() {
         let rules = chain.rules.iter();
-        if culprit::is_of_policy(name) {
+        if meaning::is_of_policy(name) {
             asked |= rules.filter_map(dropped).fold(0, |all, mask| all | mask);
         } else {
             set |= rules.map(set_by).fold(0, |all, bits| all | bits);

@@ -9,6 +9,7 @@ mod culprit;
 mod elements;
 mod logged;
 mod marks;
+mod meaning;
 mod nft;
 mod outgoing;
 mod packet;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::{
-    culprit,
+    meaning,
     rules::{Chain, Table, Target},
 };
 
@@ -15,7 +15,7 @@ pub(super) fn tell(tables: &mut FxHashMap<String, Table>) {
     for table in tables.values_mut() {
         let mut tiers: Vec<(String, Arc<str>)> = Vec::new();
         for (name, chain) in &*table {
-            if culprit::is_of_endpoint(name) {
+            if meaning::is_of_endpoint(name) {
                 of_endpoint(chain, table, &mut tiers);
             }
         }
@@ -33,16 +33,16 @@ fn of_endpoint(chain: &Chain, table: &Table, tiers: &mut Vec<(String, Arc<str>)>
         let begins = rule
             .comments
             .iter()
-            .find_map(|comment| culprit::begun_tier(comment));
+            .find_map(|comment| meaning::begun_tier(comment));
         if let Some(name) = begins {
             tier = Some(name.into());
         }
         let (Some(tier), Some(asked)) = (&tier, chain_of(&rule.target)) else {
             continue;
         };
-        if culprit::is_policy(asked) {
+        if meaning::is_policy(asked) {
             tiers.push((asked.to_owned(), Arc::clone(tier)));
-        } else if culprit::is_of_group(asked)
+        } else if meaning::is_of_group(asked)
             && let Some(group) = table.get(asked)
         {
             let policies = group.rules.iter().filter_map(|rule| chain_of(&rule.target));

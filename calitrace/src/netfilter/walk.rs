@@ -1,8 +1,8 @@
 //! Follows a packet through the rules, as far as it may have come, and finds every rule that may have dropped it.
 
 use super::{
-    culprit::{self, Culprit},
-    elements,
+    culprit::Culprit,
+    elements, meaning,
     packet::{Asked, Device},
     rules::{Chain, End, Match, Rule, Ruleset, Table, Target, Way, What},
     sets::Sets,
@@ -188,7 +188,7 @@ impl Walk<'_> {
     fn base(&mut self, name: &str, flow: Flow) -> Option<Flow> {
         let exit = self.chain(name, flow, 0);
         if exit.back.is_some() && self.table.get(name).is_some_and(|chain| chain.drops) {
-            self.found.push(culprit::of_policy(self.name, name));
+            self.found.push(meaning::of_policy(self.name, name));
             return exit.accepted;
         }
         meet(exit.back, exit.accepted)
@@ -239,7 +239,7 @@ impl Walk<'_> {
             }
             Target::Drop | Target::Reject => {
                 let (name, chain, index) = rule;
-                self.found.push(culprit::of_rule(self.name, name, chain, index));
+                self.found.push(meaning::of_rule(self.name, name, chain, index));
                 None
             }
             Target::Return => {
