@@ -182,6 +182,25 @@ fn plugins() -> Result<()> {
     none(&lab)
 }
 
+/// What is found when the other node is taken out of the set of hosts, and when it is back.
+fn lacks_its_peer(
+    lab: &Lab,
+    take_out: impl FnOnce() -> Result<()>,
+    put_back: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    none(lab)?;
+    ensure!(passes(lab, "10.244.205.193", 84)?, "its node is known");
+    take_out()?;
+    only(
+        lab,
+        '✗',
+        &["cali40all-vxlan-net lacks the node 192.168.49.3", "VXLAN packets"],
+    )?;
+    ensure!(!passes(lab, "10.244.205.193", 84)?, "its node is a stranger");
+    put_back()?;
+    none(lab)
+}
+
 /// The rule for encapsulated packets as Felix writes it, with its set of hosts.
 fn stranger() -> Result<()> {
     let lab = Lab::up(&Options {
@@ -203,17 +222,11 @@ fn stranger() -> Result<()> {
          -A cali-INPUT -p udp -m udp --dport 4789 -m comment --comment \"Drop IPv4 VXLAN packets from non-allowed hosts\" \
          -m addrtype --dst-type LOCAL -j DROP\nCOMMIT\n",
     )?;
-    none(&lab)?;
-    ensure!(passes(&lab, "10.244.205.193", 84)?, "its node is known");
-    sets("del cali40all-vxlan-net 192.168.49.3\n")?;
-    only(
+    lacks_its_peer(
         &lab,
-        '✗',
-        &["cali40all-vxlan-net lacks the node 192.168.49.3", "VXLAN packets"],
-    )?;
-    ensure!(!passes(&lab, "10.244.205.193", 84)?, "its node is a stranger");
-    sets("add cali40all-vxlan-net 192.168.49.0/24\n")?;
-    none(&lab)
+        || sets("del cali40all-vxlan-net 192.168.49.3\n"),
+        || sets("add cali40all-vxlan-net 192.168.49.0/24\n"),
+    )
 }
 
 /// The same in Calico's own table.
@@ -226,17 +239,7 @@ fn stranger_of_nftables() -> Result<()> {
         let change = format!("{change} element ip calico cali40all-vxlan-net {{ 192.168.49.3 }}\n");
         change_nftables(&lab, NODES[0], &change)
     };
-    none(&lab)?;
-    ensure!(passes(&lab, "10.244.205.193", 84)?, "its node is known");
-    hosts("delete")?;
-    only(
-        &lab,
-        '✗',
-        &["cali40all-vxlan-net lacks the node 192.168.49.3", "VXLAN packets"],
-    )?;
-    ensure!(!passes(&lab, "10.244.205.193", 84)?, "its node is a stranger");
-    hosts("add")?;
-    none(&lab)
+    lacks_its_peer(&lab, || hosts("delete"), || hosts("add"))
 }
 
 /// Where a new namespace gets no `tunl0`, as a container that is a node would not: newer Felix makes one, older Felix cannot.

@@ -360,3 +360,28 @@ fn neighbour_attributes(message: &NeighbourMessage) -> (Option<IpAddr>, Option<V
     }
     (address, mac)
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::link::InfoKind;
+
+    use super::*;
+
+    #[test]
+    fn xdp_is_told_where_nothing_of_it_is_seen() {
+        let told = |kind: Option<InfoKind>, how| {
+            let mut message = LinkMessage::default();
+            message.attributes = vec![LinkAttribute::Xdp(vec![LinkXdp::Attached(how)])];
+            if let Some(kind) = kind {
+                let info = LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind)]);
+                message.attributes.push(info);
+            }
+            link(RouteNetlinkMessage::NewLink(message)).unwrap().xdp
+        };
+        assert!(told(None, XdpAttached::Driver) && told(None, XdpAttached::Hardware));
+        assert!(!told(None, XdpAttached::None));
+        // Behind the driver, and at a veth device, packets are seen.
+        assert!(!told(None, XdpAttached::SocketBuffer));
+        assert!(!told(Some(InfoKind::Veth), XdpAttached::Driver));
+    }
+}

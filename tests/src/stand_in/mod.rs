@@ -1,6 +1,6 @@
-//! A stand-in for Felix's eBPF programs ([`xdp`] has the one before all else): TC programs that drop or redirect packets to one address and let all others
-//! pass, attached the way Felix attaches its own (`felix/bpf/tc/attach.go`, Calico 3.31). And what else it does to the
-//! programs of others. Loaded by bpf(2) from a dozen instructions, so that nothing of the program under test is in it.
+//! A stand-in for Felix's eBPF programs ([`xdp`] has the one before all else): TC programs that drop or redirect packets to
+//! one address and let all others pass, attached the way Felix attaches its own (`felix/bpf/tc/attach.go`, Calico 3.31). And
+//! what else it does to the programs of others. Loaded by bpf(2) from a dozen instructions, so that nothing of the program under test is in it.
 
 pub mod xdp;
 
