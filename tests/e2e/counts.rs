@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{IPIP, WIREGUARD, Watch, arrived, at_interfaces, goes, quiet, with},
+    support::{IPIP, WIREGUARD, Watch, arrived, at_interfaces, goes, quiet, was_received, with},
     test,
 };
 
@@ -58,7 +58,11 @@ fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
     let udp_there = echo.stop()?;
     let server = lab.http_server("pod2", 8080)?;
     let http = lab.http_get("pod1", SocketAddr::from((two.address, 8080)), BODY)?;
-    server.stop()?;
+    let served = server.stop()?;
+    let [served] = &served[..] else {
+        bail!("one connection, not {}", served.len());
+    };
+    let resent = http.segments.retransmitted + served.segments.retransmitted;
 
     capture.stop()?;
     tunnel_capture.stop()?;
@@ -81,16 +85,21 @@ fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
         udp_there.received,
     )?;
     same("datagrams back", count("udp", &b, &a), udp.received)?;
-    same(
-        "segments out",
-        count("tcp", &a, &b),
-        u64::from(http.segments.segments_out),
-    )?;
-    same(
-        "segments in",
-        count("tcp", &b, &a),
-        u64::from(http.segments.segments_in),
-    )?;
+    for (what, traced, truth) in [
+        ("out", count("tcp", &a, &b), http.segments.segments_out),
+        ("in", count("tcp", &b, &a), http.segments.segments_in),
+    ] {
+        // On a machine that stands still TCP sends again what was only late. The second of two FINs is answered when the
+        // socket no longer counts (and that answer by the kernel); then the captures below tell, to the packet.
+        if resent == 0 {
+            same(&format!("segments {what}"), traced, u64::from(truth))?;
+        } else {
+            ensure!(
+                traced >= u64::from(truth),
+                "segments {what}: {truth}, but {traced} traces; {resent} sent again"
+            );
+        }
+    }
     // What captures at the same interfaces count.
     for proto in ["icmp", "udp", "tcp"] {
         for (from, to) in [(&a, &b), (&b, &a)] {
@@ -111,7 +120,8 @@ fn without_offloads(encapsulation: Encapsulation) -> Result<()> {
         }
     }
     for packet in &packets {
-        ensure!(arrived(packet), "not delivered: {packet:#}");
+        let there = arrived(packet) || (resent > 0 && was_received(packet));
+        ensure!(there, "not delivered: {packet:#}");
     }
     Ok(())
 }

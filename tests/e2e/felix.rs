@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Need, command, lab::netfilter::Backend, patience};
+use calitrace_tests::{Lab, Need, command, lab::netfilter::Backend, unhurried};
 use serde_json::{Value, json};
 
 use crate::{
@@ -249,7 +249,7 @@ fn judge(lab: &Lab, cases: &[Case], rejects: bool) -> Result<()> {
     for case in cases {
         send(lab, case)?;
     }
-    std::thread::sleep(patience() / 20);
+    std::thread::sleep(unhurried(Duration::from_millis(500)));
     let packets = watch.stop()?.packets()?;
     for case in cases {
         let from = lab.pod(&case.from)?.address.to_string();

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Need, command, lab::netfilter::Backend, patience};
+use calitrace_tests::{Lab, Need, command, lab::netfilter::Backend, unhurried};
 use serde_json::Value;
 
 use crate::{
@@ -206,7 +206,7 @@ fn backlog() -> Result<()> {
             socket.send_to(&number.to_be_bytes(), (to.address, PORT))?;
         }
         // Two slots, and what the kernel takes.
-        std::thread::sleep(patience() / 5);
+        std::thread::sleep(unhurried(Duration::from_secs(2)));
         let packets = watch.stop()?.packets()?;
         server.stop()?;
         let is_one = |packet: &Value| goes(packet, "udp", &POD1.to_string(), &to.address.to_string());

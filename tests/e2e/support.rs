@@ -160,7 +160,9 @@ pub(crate) fn arrived(packet: &Value) -> bool {
         "TCP_OLD_ACK",
         "TCP_OLD_SEQUENCE",
         "TCP_OFOMERGE",
+        "TCP_TOO_OLD_ACK",
         "TCP_RFC7323_PAWS",
+        "TCP_RFC7323_PAWS_ACK",
     ]
     .iter()
     .any(|reason| packet["drop"]["reason"] == *reason);

@@ -3,7 +3,7 @@
 use std::net::{Ipv4Addr, UdpSocket};
 
 use anyhow::{Context as _, Result, ensure};
-use calitrace_tests::{Lab, Options, lab::netfilter::Backend, patience};
+use calitrace_tests::{Lab, Options, lab::netfilter::Backend, unhurried};
 use serde_json::Value;
 
 use crate::support::{Watch, goes, with};
@@ -89,6 +89,6 @@ pub(crate) fn datagrams(lab: &Lab, src: Ipv4Addr, count: u32) -> Result<()> {
             .context("send a datagram")?;
     }
     // The last of them may be on their way, or wait in a queue: who listens no longer would reject them.
-    std::thread::sleep(patience() / 20);
+    std::thread::sleep(unhurried(std::time::Duration::from_millis(500)));
     server.stop().map(drop)
 }

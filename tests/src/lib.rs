@@ -23,4 +23,4 @@ pub use lab::netfilter::Policy;
 pub use lab::{DeviceOrder, Encapsulation, Lab, Node, Options, Pod, Proxy};
 pub use namespace::Namespace;
 pub use needs::{Need, Readiness, Test, has_kprobes, test};
-pub use wait::{is_emulated, patience, wait_until};
+pub use wait::{is_emulated, patience, unhurried, wait_until};

@@ -6,10 +6,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-/// How long a test waits before it calls something failed: 10 s, times `CALITRACE_TIME_SCALE` (a number;
-/// guests of an emulator run several times slower than the machine itself).
+/// How long a test waits before it calls something failed: a minute, and at least 10 s of an emulated guest. Virtual
+/// machines stand still for seconds when their host is busy; what does not come at all is told soon enough.
 pub fn patience() -> Duration {
-    Duration::from_secs(10).mul_f64(scale())
+    Duration::from_mins(1).max(unhurried(Duration::from_secs(10)))
+}
+
+/// A length of time as this machine needs it: times `CALITRACE_TIME_SCALE` (a number; guests of an emulator run several
+/// times slower than the machine itself).
+pub fn unhurried(time: Duration) -> Duration {
+    time.mul_f64(scale())
 }
 
 /// Whether this machine is a guest of an emulator, where packets take long enough for TCP to send them again.

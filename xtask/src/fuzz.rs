@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::cargo::{self, Executable};
 use crate::step::{self, complain, say, text_of};
-use crate::test::Totals;
+use crate::test::Report;
 use crate::{setup, workspace};
 
 /// Targets, by name; each is a file of `calitrace/fuzz/fuzz_targets`.
@@ -44,12 +44,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// The targets as a layer of the tests: a short run of each is a test.
-pub(crate) fn layer(only: Option<&str>) -> Result<Totals> {
+pub(crate) fn layer(only: Option<&str>) -> Result<Report> {
     let wanted = |target: &&str| only.is_none_or(|only| target.contains(only));
     let targets: Vec<&str> = TARGETS.into_iter().filter(wanted).collect();
-    let mut totals = Totals::default();
+    let mut report = Report::default();
     if targets.is_empty() {
-        return Ok(totals);
+        return Ok(report);
     }
     let fuzz = Fuzz::build()?;
     for target in targets {
@@ -61,16 +61,16 @@ pub(crate) fn layer(only: Option<&str>) -> Result<Totals> {
         match inputs(&said) {
             Some(inputs) if output.status.success() => {
                 say(&format!("test fuzz::{target} ... ok ({inputs} inputs)"));
-                totals.passed += 1;
+                report.totals.passed += 1;
             }
             _ => {
                 complain(&said);
                 say(&format!("test fuzz::{target} ... FAILED ({})", output.status));
-                totals.failed += 1;
+                report.fail(&format!("fuzz::{target}"), &said);
             }
         }
     }
-    Ok(totals)
+    Ok(report)
 }
 
 /// The number of inputs that libFuzzer says to have tried; none if it tried none.

@@ -3,7 +3,9 @@
 //! Test programs are built as the caller; those that need root are run by root or sudo. A layer that cannot run is
 //! counted as skipped, and in CI, the guests apart, as failed.
 
+mod failures;
 mod layer;
+mod report;
 mod run;
 mod totals;
 
@@ -17,7 +19,9 @@ use anyhow::{Context as _, Result, bail};
 use crate::cargo::Executable;
 use crate::step::{complain, say};
 use crate::{cargo, fuzz, root, setup, vm, workspace};
+pub(crate) use failures::Failures;
 pub(crate) use layer::{Layer, plan};
+pub(crate) use report::Report;
 use run::Environment;
 pub(crate) use totals::Totals;
 
@@ -32,7 +36,7 @@ pub(crate) struct Options {
     only: Option<String>,
 }
 
-/// Runs the layers and ends with their totals, alone on a line.
+/// Runs the layers and ends with what failed, and their totals, alone on a line.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let chosen: Vec<Layer> = Layer::ALL
         .into_iter()
@@ -50,12 +54,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let environment = Environment::new(product(&built)?)?;
     let in_ci = env::var_os("CI").is_some_and(|value| value == "true");
 
-    let mut sum = Totals::default();
+    let mut sum = Report::default();
     let mut times = Vec::new();
     for layer in chosen {
         let start = Instant::now();
         say(&format!("\nlayer {layer}"));
-        let mut totals = if layer == Layer::Vm {
+        let mut report = if layer == Layer::Vm {
             guests(&plan, &built, options.only.as_deref())?
         } else if layer == Layer::Fuzz {
             fuzz::layer(options.only.as_deref())?
@@ -63,32 +67,32 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             say(&format!(
                 "layer {layer}: skipped: needs root, and there is no sudo here"
             ));
-            Totals {
-                skipped: 1,
-                ..Totals::default()
-            }
+            Report::skipped()
         } else {
             run_layer(layer, &plan, &environment, options.only.as_deref())?
         };
-        if in_ci && layer.required_in_ci() && totals.passed + totals.failed == 0 {
-            complain(&format!(
-                "layer {layer}: ran no test, and none may be left out in CI"
-            ));
-            totals.failed += 1;
+        if in_ci && layer.required_in_ci() && report.totals.passed + report.totals.failed == 0 {
+            let what = "ran no test, and none may be left out in CI";
+            complain(&format!("layer {layer}: {what}"));
+            report.fail(&format!("layer {layer}"), what);
         }
         times.push(format!(
-            "{layer:<8} {totals}, {:.1} s",
+            "{layer:<8} {}, {:.1} s",
+            report.totals,
             start.elapsed().as_secs_f64()
         ));
-        sum += totals;
+        sum += report;
     }
     say("");
+    for line in sum.failures.lines() {
+        say(&line);
+    }
     for line in &times {
         say(line);
     }
-    say(&sum.to_string());
-    if sum.failed > 0 {
-        bail!("{} of the tests failed; see above", sum.failed);
+    say(&sum.totals.to_string());
+    if sum.totals.failed > 0 {
+        bail!("{} of the tests failed; see above", sum.totals.failed);
     }
     Ok(())
 }
@@ -103,10 +107,10 @@ fn run_layer(
     plan: &[(Layer, &Executable)],
     environment: &Environment,
     only: Option<&str>,
-) -> Result<Totals> {
-    let mut totals = Totals::default();
+) -> Result<Report> {
+    let mut report = Report::default();
     for (_, program) in plan.iter().filter(|(its_layer, _)| *its_layer == layer) {
-        totals += environment.run(program, layer.needs_root(), only)?;
+        report += environment.run(program, layer.needs_root(), only)?;
     }
     if layer == Layer::Unit {
         let mut doc_tests = Command::new("cargo");
@@ -115,21 +119,18 @@ fn run_layer(
             .args(["test", "--quiet", "--workspace", "--doc"]);
         cargo::link_statically(&mut doc_tests)?;
         doc_tests.arg("--").args(only);
-        totals += run::counted("documentation", &mut doc_tests)?;
+        report += run::counted("documentation", &mut doc_tests)?;
     }
-    Ok(totals)
+    Ok(report)
 }
 
 /// The layer of guests. Skipped where they cannot be had, with the reason.
-fn guests(plan: &[(Layer, &Executable)], built: &[Executable], only: Option<&str>) -> Result<Totals> {
+fn guests(plan: &[(Layer, &Executable)], built: &[Executable], only: Option<&str>) -> Result<Report> {
     let kernels = match vm::prepare() {
         Ok(kernels) => kernels,
         Err(error) => {
             say(&format!("layer {}: skipped: {error:#}", Layer::Vm));
-            return Ok(Totals {
-                skipped: 1,
-                ..Totals::default()
-            });
+            return Ok(Report::skipped());
         }
     };
     let programs: Vec<&Executable> = plan.iter().map(|(_, program)| *program).collect();

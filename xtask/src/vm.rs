@@ -30,7 +30,7 @@ use calitrace_tests::interrupt::Interrupts;
 
 use crate::cargo::Executable;
 use crate::step::say;
-use crate::test::{self, Layer, Totals};
+use crate::test::{self, Layer, Report};
 use crate::{setup, workspace};
 use console::{Console, Verdict};
 use guest::{Accelerator, Guest};
@@ -129,22 +129,24 @@ pub(crate) fn subset(
     programs: &[&Executable],
     product: &OsStr,
     only: Option<&str>,
-) -> Result<Totals> {
+) -> Result<Report> {
     let runs = subset::runs(programs, only)?;
     if runs.is_empty() {
-        return Ok(Totals::default());
+        return Ok(Report::default());
     }
     let outcomes = matrix(kernels, &runs, product, SUBSET_LIMIT)?;
-    let mut sum = Totals::default();
-    for outcome in &outcomes {
-        sum += outcome.totals;
-        // A guest that did not end well has failed, whatever its tests said.
-        if outcome.verdict != Verdict::Passed && outcome.totals.failed == 0 {
-            sum.failed += 1;
-        }
-    }
     for line in table::lines(&outcomes) {
         say(&line);
+    }
+    let mut sum = Report::default();
+    for outcome in outcomes {
+        let kernel = format!("kernel {}", outcome.series);
+        sum.totals += outcome.totals;
+        sum.failures.append(&format!("{kernel}: "), outcome.failures);
+        // A guest that did not end well has failed, whatever its tests said.
+        if outcome.verdict != Verdict::Passed && outcome.totals.failed == 0 {
+            sum.fail(&kernel, &outcome.verdict.to_string());
+        }
     }
     Ok(sum)
 }
@@ -276,6 +278,7 @@ fn one(guest: &Guest<'_>, interrupts: &Interrupts) -> Result<Outcome> {
             took,
             verdict,
             failed: console.failed,
+            failures: console.failures,
         });
     }
     bail!("kernel {} was booted no more than twice", kernel.release)

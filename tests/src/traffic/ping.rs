@@ -1,12 +1,13 @@
 //! `ping` and what it says.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::Lab;
 use crate::command;
-use crate::wait::patience;
+use crate::wait::unhurried;
 
 /// What one run of `ping` said.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +28,7 @@ impl Lab {
     pub fn ping(&self, part: &str, to: IpAddr, count: u32, extra: &[&str]) -> Result<Ping> {
         let (to, count) = (to.to_string(), count.to_string());
         // How long it waits for what does not come; `ping` takes fractions of a second.
-        let wait = (patience().as_secs_f64() / 5.0).to_string();
+        let wait = unhurried(Duration::from_secs(2)).as_secs_f64().to_string();
         let words = ["ping", "-n", "-i", "0.02", "-W", &wait, "-c", &count];
         let output = command::output(&mut self.exec(part, words.iter().chain(extra).chain([&&*to]))?)?;
         let raw = command::text(&output);

@@ -3,14 +3,14 @@
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{ChildStderr, Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use crate::Lab;
 use crate::command::{self, Running};
-use crate::wait::{patience, wait_until};
+use crate::wait::{unhurried, wait_until};
 
 /// A running capture. Dropped, it ends, and what it wrote last may be missing: use [`Capture::stop`].
 #[derive(Debug)]
@@ -66,7 +66,10 @@ impl Capture {
                 (last, since) = (counts, Instant::now());
             }
             let [captured, received, _] = counts;
-            Ok((captured == received || since.elapsed() > patience() / 4).then_some(()))
+            Ok(
+                (captured == received || since.elapsed() > unhurried(Duration::from_millis(2500)))
+                    .then_some(()),
+            )
         })?;
         let [captured, _, dropped] = self.counts()?;
         ensure!(dropped == 0, "tcpdump lost {dropped} packets");

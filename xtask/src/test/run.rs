@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result};
 
+use super::report::Report;
 use super::totals::Totals;
 use crate::cargo::Executable;
 use crate::setup::jc;
@@ -43,7 +44,7 @@ impl Environment {
     }
 
     /// Runs one test program in its package's folder, as `cargo test` does; as root if `as_root`.
-    pub(super) fn run(&self, program: &Executable, as_root: bool, only: Option<&str>) -> Result<Totals> {
+    pub(super) fn run(&self, program: &Executable, as_root: bool, only: Option<&str>) -> Result<Report> {
         let variables: Vec<(&str, &OsStr)> = self
             .variables
             .iter()
@@ -69,22 +70,23 @@ impl Environment {
 }
 
 /// Runs a program that prints closing lines. One that ends badly without telling of a failed test counts as one.
-pub(super) fn counted(name: &str, command: &mut Command) -> Result<Totals> {
+pub(super) fn counted(name: &str, command: &mut Command) -> Result<Report> {
     say(&format!("tests: {name}"));
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot run `{}`", text_of(command)))?;
-    let mut totals = Totals::default();
+    let mut report = Report::default();
     let mut closed = false;
     if let Some(output) = child.stdout.take() {
         for line in BufReader::new(output).split(b'\n') {
             let line = line.with_context(|| format!("output of `{}`", text_of(command)))?;
             let line = String::from_utf8_lossy(&line);
             say(&line);
+            report.failures.line(&line);
             if let Some(more) = Totals::parse(&line) {
-                totals += more;
+                report.totals += more;
                 closed = true;
             }
         }
@@ -92,14 +94,15 @@ pub(super) fn counted(name: &str, command: &mut Command) -> Result<Totals> {
     let status = child
         .wait()
         .with_context(|| format!("waiting for `{}`", text_of(command)))?;
-    if (!status.success() || !closed) && totals.failed == 0 {
-        complain(&format!(
-            "tests: {name}: `{}` ended with {status} and told of no failed test",
+    if (!status.success() || !closed) && report.totals.failed == 0 {
+        let what = format!(
+            "`{}` ended with {status} and told of no failed test",
             text_of(command)
-        ));
-        totals.failed += 1;
+        );
+        complain(&format!("tests: {name}: {what}"));
+        report.fail(name, &what);
     }
-    Ok(totals)
+    Ok(report)
 }
 
 #[cfg(test)]
@@ -107,7 +110,9 @@ mod tests {
     use super::*;
 
     fn shell(script: &str) -> Totals {
-        counted("a shell", Command::new("sh").args(["-c", script])).unwrap()
+        counted("a shell", Command::new("sh").args(["-c", script]))
+            .unwrap()
+            .totals
     }
 
     #[test]

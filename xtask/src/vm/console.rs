@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::test::Totals;
+use crate::test::{Failures, Totals};
 
 /// Marks that `init.sh` writes at the beginning of lines.
 const KERNEL: &str = "@@KERNEL ";
@@ -49,6 +49,8 @@ pub(super) struct Console {
     pub(super) totals: Totals,
     /// Names of failed tests, and of programs that ended badly without telling of one.
     pub(super) failed: Vec<String>,
+    /// What failed tests said.
+    pub(super) failures: Failures,
     /// Failures that the program that runs now has told of.
     told: u64,
     listing: bool,
@@ -77,6 +79,7 @@ impl Console {
             self.told += totals.failed;
             self.totals += totals;
         }
+        self.failures.line(line);
         // Test programs end with a list of failed tests, one a line, indented, up to an empty line.
         if let Some(name) = line.strip_prefix("    ").filter(|_| self.listing) {
             self.failed.push(name.trim().to_owned());

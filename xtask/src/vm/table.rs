@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::console::Verdict;
-use crate::test::Totals;
+use crate::test::{Failures, Totals};
 
 /// What became of one kernel.
 #[derive(Clone, Debug)]
@@ -16,6 +16,8 @@ pub(super) struct Outcome {
     pub(super) verdict: Verdict,
     /// Names of failed tests.
     pub(super) failed: Vec<String>,
+    /// What they said.
+    pub(super) failures: Failures,
 }
 
 const HEADS: [&str; 8] = [
@@ -81,6 +83,7 @@ mod tests {
             took: Duration::from_millis(61_400),
             verdict,
             failed: failed.iter().map(|&name| name.to_owned()).collect(),
+            failures: Failures::default(),
         };
         let outcomes = [
             outcome("5.10", Verdict::Failed, &["paths::ipip"]),
