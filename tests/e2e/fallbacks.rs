@@ -274,6 +274,18 @@ fn refused_hook() -> Result<()> {
     };
     ensure!(missing("kfree_skb")?.is_string(), "{header:#}");
     ensure!(missing("workload_ingress")?.is_null(), "{header:#}");
+    // What it says to observe through is what it attached: those at interfaces, and no other.
+    let attached = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .filter(|line| line["fact"] == "attachment" && line["state"] == "attached")
+        .count();
+    ensure!(attached > 0, "{text}");
+    ensure!(
+        finished.stderr.contains(&format!(" through {attached} hooks\n")),
+        "{attached} attached, and: {}",
+        finished.stderr
+    );
     Ok(())
 }
 

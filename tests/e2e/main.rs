@@ -28,6 +28,7 @@ mod merged;
 mod mtu;
 mod nat;
 mod neighbours;
+mod receivers;
 mod repair;
 mod scope;
 mod support;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
             felix::TESTS,
             ipv6::TESTS,
             limits::TESTS,
+            receivers::TESTS,
             log::TESTS,
             logged::TESTS,
             merged::TESTS,

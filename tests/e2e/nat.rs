@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Test,
+    counts::segments,
     support::{Watch, arrived, at_interfaces, goes, quiet, with},
     test,
 };
@@ -74,7 +75,8 @@ fn connect(
         lab.pod(part)?.address
     };
     let server: SocketAddr = (address, port).into();
-    let peer = served.first().context("a connection")?.peer;
+    let served = served.first().context("a connection")?;
+    let peer = served.peer;
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let packets = watch.stop()?.packets()?;
     let of = |from: SocketAddr, to: SocketAddr| -> Vec<Value> {
@@ -88,14 +90,15 @@ fn connect(
         packets.iter().filter(ends).cloned().collect()
     };
     let traces = [of(said.local, asked), of(server, peer)];
-    let segments = said.segments;
-    let counts = [segments.segments_out, segments.segments_in].map(|count| count as usize);
+    let counts = said.segments;
+    let resent = counts.retransmitted + served.segments.retransmitted;
+    let traced = [traces[0].len(), traces[1].len()];
+    segments("there", traced[0] as u64, counts.segments_out, resent)
+        .and_then(|()| segments("back", traced[1] as u64, counts.segments_in, resent))
+        .with_context(|| format!("{packets:#?}"))?;
     ensure!(
-        [traces[0].len(), traces[1].len()] == counts && packets.len() == counts[0] + counts[1],
-        "{counts:?} segments by the client's socket, {} and {} traces of {}: {packets:#?}",
-        traces[0].len(),
-        traces[1].len(),
-        packets.len()
+        packets.len() == traced[0] + traced[1],
+        "others, too: {packets:#?}"
     );
     Ok(Connection {
         client: said.local,

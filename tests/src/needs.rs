@@ -175,9 +175,18 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 /// Whether the kernel gives reasons for drops (5.17 and newer): its type information has a name for them.
 pub fn has_drop_reasons() -> bool {
+    knows("skb_drop_reason")
+}
+
+/// Whether the kernel has this one among its drop reasons, such as `NO_SOCKET`.
+pub fn has_drop_reason(name: &str) -> bool {
+    knows(&format!("SKB_DROP_REASON_{name}\0"))
+}
+
+/// Whether the kernel's type information has this text.
+fn knows(text: &str) -> bool {
     let types = std::fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
-    let name = b"skb_drop_reason";
-    types.windows(name.len()).any(|window| window == name)
+    types.windows(text.len()).any(|window| window == text.as_bytes())
 }
 
 fn missing(what: &str, strict: bool) -> Readiness {

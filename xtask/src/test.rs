@@ -84,8 +84,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         sum += report;
     }
     say("");
-    for line in sum.failures.lines() {
-        say(&line);
+    let failures = sum.failures.lines();
+    for line in &failures {
+        say(line);
+    }
+    if !failures.is_empty() {
+        say("");
     }
     for line in &times {
         say(line);

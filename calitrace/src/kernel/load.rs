@@ -229,9 +229,19 @@ impl Kernel {
             .iter()
             .map(|row| HookStatus {
                 hook: row.name.to_owned(),
-                missing: self.missing.get(&row.hook).cloned().or_else(|| self.untried(row)),
+                missing: self.why_missing(row),
             })
             .collect()
+    }
+
+    /// How many of the hooks that are not bound to an interface are there.
+    pub fn global_hooks(&self) -> usize {
+        let global = hooks::TABLE.iter().filter(|row| row.attach != hooks::Attach::Tc);
+        global.filter(|row| self.why_missing(row).is_none()).count()
+    }
+
+    fn why_missing(&self, row: &hooks::Row) -> Option<String> {
+        self.missing.get(&row.hook).cloned().or_else(|| self.untried(row))
     }
 
     /// The words for drop reasons and locations.

@@ -16,10 +16,27 @@ struct Failure {
     head: Vec<String>,
     tail: VecDeque<String>,
     left_out: usize,
+    /// Past the text: within the stack that it was made in.
+    is_stack: bool,
 }
 
 impl Failure {
+    fn new(name: String) -> Self {
+        Self {
+            name,
+            head: Vec::new(),
+            tail: VecDeque::new(),
+            left_out: 0,
+            is_stack: false,
+        }
+    }
+
     fn line(&mut self, line: &str) {
+        // As anyhow writes it (RUST_BACKTRACE=1).
+        self.is_stack |= line.trim() == "Stack backtrace:";
+        if self.is_stack {
+            return;
+        }
         let line: String = line.trim_end().chars().take(WIDTH).collect();
         if self.head.len() < HEAD {
             self.head.push(line);
@@ -52,12 +69,7 @@ impl Failures {
             // The second time, the names alone follow.
             (self.listing, self.open) = (true, false);
         } else if let Some(name) = header(line).filter(|_| self.listing) {
-            self.all.push(Failure {
-                name: name.to_owned(),
-                head: Vec::new(),
-                tail: VecDeque::new(),
-                left_out: 0,
-            });
+            self.all.push(Failure::new(name.to_owned()));
             self.open = true;
         } else if let Some(failure) = self.all.last_mut().filter(|_| self.open) {
             failure.line(line);
@@ -66,12 +78,7 @@ impl Failures {
 
     /// Takes a failure that no test program told of, with what is known of it.
     pub(crate) fn add(&mut self, name: &str, text: &str) {
-        let mut failure = Failure {
-            name: name.to_owned(),
-            head: Vec::new(),
-            tail: VecDeque::new(),
-            left_out: 0,
-        };
+        let mut failure = Failure::new(name.to_owned());
         for line in text.lines() {
             failure.line(line);
         }
@@ -121,7 +128,7 @@ mod tests {
         failures
     }
 
-    const TWO: &str = "test a ... FAILED\ntest b ... ok\n\nfailures:\n\n---- a ----\n20, but 21 traces\n\n---- c stdout ----\n\
+    const TWO: &str = "test a ... FAILED\ntest b ... ok\n\nfailures:\n\n---- a ----\n20, but 21 traces\n\nStack backtrace:\n   0: main\n\n---- c stdout ----\n\
         thread 'c' panicked\n\nfailures:\n    a\n    c\n\ntest result: FAILED. 1 passed; 2 failed; 0 ignored\nmore noise\n";
 
     #[test]

@@ -3,6 +3,7 @@
 //! Into a pipe or file, each block is printed when it is due. On a terminal the flows that changed last are redrawn in
 //! place, as many as fit; finished probe runs stand above them.
 
+mod reasons;
 mod render;
 mod screen;
 mod sentence;

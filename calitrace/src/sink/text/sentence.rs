@@ -1,6 +1,9 @@
 //! How a packet ended, in one sentence.
 
-use super::render::{Look, Row, row};
+use super::{
+    reasons,
+    render::{Look, Row, row},
+};
 use crate::{
     correlate::{Answer, AnswerKind, Bypass, DeadEnd, DropReport, Name, PacketTrace, Verdict},
     event::{EncapKind, RouteKind},
@@ -137,10 +140,7 @@ fn meaning(report: &DropReport) -> Option<String> {
         }
         reason => match &report.route {
             Some(route) => Some(dead_end(route)),
-            None => reason
-                .and_then(known)
-                .or_else(|| report.location.as_deref().and_then(known_place))
-                .map(str::to_owned),
+            None => reasons::words(reason, report.location.as_deref()).map(str::to_owned),
         },
     }
 }
@@ -160,42 +160,6 @@ fn dead_end(route: &DeadEnd) -> String {
             format!("the route {prefix} leads nowhere")
         }
     }
-}
-
-const XDP: &str = "an XDP program of the interface";
-
-/// Functions that say what their reason does not: XDP programs have none up to 6.18 (`do_xdp_generic`, `net/core/dev.c`;
-/// `veth_xdp_rcv_skb`, `drivers/net/veth.c`, in 5.10 within `veth_poll`, which frees nothing else). What a NIC's driver drops is
-/// no `sk_buff` yet, and nobody sees it.
-fn known_place(location: &str) -> Option<&'static str> {
-    matches!(
-        location,
-        "do_xdp_generic"
-            | "netif_receive_generic_xdp"
-            | "bpf_prog_run_generic_xdp"
-            | "veth_xdp_rcv_skb"
-            | "veth_xdp_rcv"
-            | "veth_poll"
-    )
-    .then_some(XDP)
-}
-
-/// The reasons one meets on a Calico node (include/net/dropreason-core.h, Linux 6.18).
-fn known(reason: &str) -> Option<&'static str> {
-    Some(match reason {
-        "IP_OUTNOROUTES" | "IP_INNOROUTES" => "no route",
-        "IP_RPFILTER" => "reverse path filter",
-        "PKT_TOO_BIG" => "larger than the MTU, and nobody was seen telling the sender",
-        "NO_SOCKET" => "nobody listens",
-        "NEIGH_FAILED" | "NEIGH_QUEUEFULL" => "the next hop does not answer ARP",
-        "QDISC_DROP" | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
-        "TC_INGRESS" | "TC_EGRESS" => "a TC program",
-        "XDP" => XDP,
-        "SOCKET_RCVBUFF" => "the receiver's socket buffer is full",
-        "IP_CSUM" | "TCP_CSUM" | "UDP_CSUM" | "ICMP_CSUM" => "bad checksum",
-        "DEV_READY" => "the device is down",
-        _ => return None,
-    })
 }
 
 fn rejected(packet: &PacketTrace) -> String {

@@ -430,7 +430,7 @@ impl Control {
             if names.len() == 1 { "" } else { "s" },
             names.join(", "),
             if pods == 1 { "" } else { "s" },
-            self.sites.len() + 1 + self.kernel.functions().len(),
+            self.sites.len() + self.kernel.global_hooks(),
         )
     }
 
