@@ -1,8 +1,7 @@
 //! Faults of nodes and of what lies between them, each made for real, and beside each its twin without: the same packets arrive.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
-    os::fd::{FromRawFd as _, OwnedFd},
+    net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
@@ -18,7 +17,7 @@ use crate::{
     Test,
     support::{change_nftables, change_rules},
     test,
-    traced::{POD1, POD2, all, culprit, datagrams, lab, ping, says, traced},
+    traced::{POD1, POD2, all, culprit, datagrams, lab, ping, raw_socket, says, traced},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -47,7 +46,7 @@ fn invalid() -> Result<()> {
         // Echo reply, number 1 of 4711; the checksum is the complement of the words' sum (RFC 792).
         let mut message = [0, 0, 0, 0, 0x12, 0x67, 0, 1];
         message[2..4].copy_from_slice(&(!0x1268_u16).to_be_bytes());
-        let socket = lab.namespace("pod1")?.within(raw_icmp)?;
+        let socket = lab.namespace("pod1")?.within(|| raw_socket(libc::IPPROTO_ICMP))?;
         socket
             .send_to(&message, SocketAddr::from((POD2, 0)))
             .context("send an echo reply")?;
@@ -69,7 +68,7 @@ fn bad_checksum() -> Result<()> {
     let ask = |lab: &Lab, checksum: u16| {
         let mut message = [8, 0, 0, 0, 0x12, 0x67, 0, 1];
         message[2..4].copy_from_slice(&checksum.to_be_bytes());
-        let socket = lab.namespace("pod1")?.within(raw_icmp)?;
+        let socket = lab.namespace("pod1")?.within(|| raw_socket(libc::IPPROTO_ICMP))?;
         socket
             .send_to(&message, SocketAddr::from((POD2, 0)))
             .context("send an echo request")?;
@@ -115,20 +114,6 @@ fn bad_outer_checksum() -> Result<()> {
         )?;
     }
     Ok(())
-}
-
-fn raw_icmp() -> Result<UdpSocket> {
-    // SAFETY: a system call without pointers.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_INET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::IPPROTO_ICMP,
-        )
-    };
-    ensure!(fd >= 0, "no raw socket: {}", std::io::Error::last_os_error());
-    // SAFETY: it was just opened, and is nobody else's. Its addresses are those of a UDP socket.
-    Ok(UdpSocket::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 /// A node that Felix does not know on another one: the outer packet is dropped there, and the trace is the pod's.

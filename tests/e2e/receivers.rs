@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::AsRawFd as _,
     time::Duration,
 };
 
@@ -15,7 +15,7 @@ use crate::{
     Test,
     counts::same,
     test,
-    traced::{POD1, POD2, all, lab, says, traced},
+    traced::{POD1, POD2, all, lab, raw_socket, says, traced},
 };
 
 pub(crate) const TESTS: &[Test] = &[
@@ -89,7 +89,7 @@ fn twice() -> Result<()> {
     all(&first, "delivered")?;
     let segment = with_data(&fs::read(&file).context("read the capture")?)?;
     let (again, text) = traced(&lab, "tcp", POD1, |lab| {
-        let socket = lab.namespace("pod1")?.within(raw)?;
+        let socket = lab.namespace("pod1")?.within(|| raw_socket(libc::IPPROTO_RAW))?;
         socket
             .send_to(&segment, SocketAddr::from((POD2, 0)))
             .context("send a segment again")?;
@@ -150,21 +150,6 @@ fn with_data(capture: &[u8]) -> Result<Vec<u8>> {
         }
     }
     bail!("no segment with data was captured")
-}
-
-/// Sends IPv4 packets as they are. Its addresses are those of a UDP socket.
-fn raw() -> Result<UdpSocket> {
-    // SAFETY: a system call without pointers.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_INET,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::IPPROTO_RAW,
-        )
-    };
-    ensure!(fd >= 0, "no raw socket: {}", std::io::Error::last_os_error());
-    // SAFETY: it was just opened, and is nobody else's.
-    Ok(UdpSocket::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
 fn set(socket: &UdpSocket, option: libc::c_int, value: libc::c_int) -> Result<()> {

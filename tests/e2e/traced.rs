@@ -1,6 +1,9 @@
 //! Packets from pod 1 to pod 2, and what is said of them: the traces in JSON and the text view.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::{
+    net::{Ipv4Addr, UdpSocket},
+    os::fd::{FromRawFd as _, OwnedFd},
+};
 
 use anyhow::{Context as _, Result, ensure};
 use calitrace_tests::{Lab, Options, lab::netfilter::Backend, unhurried};
@@ -91,4 +94,14 @@ pub(crate) fn datagrams(lab: &Lab, src: Ipv4Addr, count: u32) -> Result<()> {
     // The last of them may be on their way, or wait in a queue: who listens no longer would reject them.
     std::thread::sleep(unhurried(std::time::Duration::from_millis(500)));
     server.stop().map(drop)
+}
+
+/// A socket that sends what follows an IPv4 header, or with `IPPROTO_RAW` packets as they are. Its addresses are those of a
+/// UDP socket.
+pub(crate) fn raw_socket(protocol: libc::c_int) -> Result<UdpSocket> {
+    // SAFETY: a system call without pointers.
+    let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
+    ensure!(fd >= 0, "no raw socket: {}", std::io::Error::last_os_error());
+    // SAFETY: it was just opened, and is nobody else's.
+    Ok(UdpSocket::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
