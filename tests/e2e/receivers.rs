@@ -109,6 +109,7 @@ fn twice() -> Result<()> {
         "{:#}",
         again[0]
     );
+    ensure!(text.contains("1 packet, 0 lost, 1 superfluous"), "{text}");
     says(
         &text,
         "✗ dropped on node minikube-m02 at cali79f33e4263e: it came twice: the receiver has this data, nothing is lost, \

@@ -149,6 +149,25 @@ pub struct DropReport {
     pub culprits: Vec<Culprit>,
 }
 
+impl DropReport {
+    /// Whether nothing is lost by it: the receiver's TCP was past what the packet carried, as it is with what is sent twice
+    /// and with acknowledgements that later ones overtook (`include/net/dropreason-core.h`, Linux 6.18).
+    #[must_use]
+    pub fn is_harmless(&self) -> bool {
+        matches!(
+            self.reason.as_deref(),
+            Some(
+                "TCP_OLD_DATA"
+                    | "TCP_OFOMERGE"
+                    | "TCP_OLD_SEQUENCE"
+                    | "TCP_OLD_ACK"
+                    | "TCP_TOO_OLD_ACK"
+                    | "TCP_RFC7323_PAWS_ACK"
+            )
+        )
+    }
+}
+
 /// A route that sends nothing on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct DeadEnd {

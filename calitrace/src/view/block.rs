@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use super::way::{self, Step};
 use crate::{
-    correlate::{Answer, AnswerKind, Certainty, FlowName, Hop, Name, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Name, PacketTrace, Verdict},
     event::{Packet, Transport},
 };
 
@@ -49,6 +49,8 @@ pub struct Counts {
     pub packets: u64,
     /// Dropped, or lost between nodes.
     pub lost: u64,
+    /// Dropped by a receiver that was past them: nothing is lost by it.
+    pub superfluous: u64,
     /// Answered by a reset or an ICMP unreachable.
     pub rejected: u64,
     /// The TTL ran out.
@@ -89,9 +91,10 @@ pub struct Reading {
 
 impl Counts {
     /// Counts one more packet.
-    pub fn add(&mut self, verdict: Verdict) {
+    pub fn add(&mut self, trace: &PacketTrace) {
         self.packets += 1;
-        match verdict {
+        match trace.verdict {
+            Verdict::Dropped if is_superfluous(trace) => self.superfluous += 1,
             Verdict::Dropped | Verdict::Lost => self.lost += 1,
             Verdict::Rejected => self.rejected += 1,
             Verdict::Expired => self.expired += 1,
@@ -111,10 +114,15 @@ impl Block {
 
 /// Whether a packet met trouble.
 pub(super) fn troubled(trace: &PacketTrace) -> bool {
-    matches!(
-        trace.verdict,
-        Verdict::Rejected | Verdict::Dropped | Verdict::Lost
-    )
+    match trace.verdict {
+        Verdict::Rejected | Verdict::Lost => true,
+        Verdict::Dropped => !is_superfluous(trace),
+        _ => false,
+    }
+}
+
+fn is_superfluous(trace: &PacketTrace) -> bool {
+    trace.drop.as_ref().is_some_and(DropReport::is_harmless)
 }
 
 /// The lines of real traffic: of each hop the one-way times of `packets`, the oldest first; the rest from the last one.

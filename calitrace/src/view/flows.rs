@@ -153,7 +153,7 @@ impl FlowTrace {
     }
 
     fn push(&mut self, trace: &Arc<PacketTrace>) {
-        self.counts.add(trace.verdict);
+        self.counts.add(trace);
         self.only_answers &= block::is_answer(&trace.packet);
         self.last_closed = self.last_closed.max(trace.closed_monotonic);
         if let Some(answer) = &trace.answer

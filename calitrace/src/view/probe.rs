@@ -177,7 +177,7 @@ fn block(probes: &[Arc<PacketTrace>]) -> Block {
     let last = receiver(probes).unwrap_or(highest);
     let mut counts = Counts::default();
     for probe in probes {
-        counts.add(probe.verdict);
+        counts.add(probe);
     }
     let first = &probes[0];
     let latest = worst(probes);

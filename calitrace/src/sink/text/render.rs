@@ -174,6 +174,7 @@ fn title(block: &Block) -> String {
     } else {
         let plural = if counts.packets == 1 { "" } else { "s" };
         let further = [
+            (counts.superfluous, "superfluous"),
             (counts.rejected, "rejected"),
             (counts.expired, "expired"),
             (counts.unknown, "unknown"),

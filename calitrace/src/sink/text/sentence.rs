@@ -16,7 +16,11 @@ pub(super) fn end(block: &Block) -> Option<Row> {
     let packet = &*block.latest;
     let run = block.kind == Kind::ProbeRun;
     match packet.verdict {
-        Verdict::Dropped => Some(row(Look::Alarm, dropped(packet))),
+        Verdict::Dropped => {
+            let harmless = packet.drop.as_ref().is_some_and(DropReport::is_harmless);
+            let look = if harmless { Look::Faint } else { Look::Alarm };
+            Some(row(look, dropped(packet)))
+        }
         Verdict::Lost => Some(row(Look::Alarm, lost(packet))),
         // The normal end of a probe run: the receiver's closed port, or one router less than there are.
         Verdict::Rejected

@@ -197,6 +197,35 @@ fn a_dropped_packet_ends_with_where_and_why() {
 }
 
 #[test]
+fn what_the_receiver_was_past_is_not_lost() {
+    let mut trace = sample::denied(0);
+    let report = trace.drop.as_mut().unwrap();
+    (report.before, report.netfilter) = (None, None);
+    report.location = Some("tcp_data_queue".into());
+    for (reason, harmless) in [
+        ("TCP_OLD_DATA", true),
+        ("TCP_OFOMERGE", true),
+        ("TCP_OLD_SEQUENCE", true),
+        ("TCP_OLD_ACK", true),
+        ("TCP_TOO_OLD_ACK", true),
+        ("TCP_RFC7323_PAWS_ACK", true),
+        ("TCP_RFC7323_PAWS", false),
+        ("TCP_ZEROWINDOW", false),
+        ("SOCKET_BACKLOG", false),
+    ] {
+        trace.drop.as_mut().unwrap().reason = Some(reason.into());
+        let text = printed([trace.clone()]);
+        assert_eq!(text.contains("nothing is lost"), harmless, "{text}");
+        let counted = if harmless {
+            "1 packet, 0 lost, 1 superfluous"
+        } else {
+            "1 packet, 1 lost\n"
+        };
+        assert!(text.contains(counted), "{text}");
+    }
+}
+
+#[test]
 fn policies_that_log_are_named_where_they_allow() {
     let allowed = sample::logged(sample::ping(0, 1), "API0|np/default/allow-frontend");
     insta::assert_snapshot!(printed([allowed]), @r#"
