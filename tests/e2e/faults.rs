@@ -182,7 +182,7 @@ fn unreachable() -> Result<()> {
     says(
         &text,
         &format!(
-            "✗ rejected on node minikube at cali8d02ed71817: the route {POD2}/32 leads nowhere, {reason}; 10.244.120.64 sent ICMP \
+            "✗ rejected on node minikube at cali8d02ed71817: the unreachable route {POD2}/32, {reason}; 10.244.120.64 sent ICMP \
              host unreachable to {POD1}"
         ),
     )

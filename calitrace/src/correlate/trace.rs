@@ -26,7 +26,7 @@ pub enum Verdict {
     Dropped,
     /// It passed the last egress hook of the interface that owns the destination and no drop followed within 50 ms.
     Delivered,
-    /// Handed to an uplink, and nobody beyond it is observed.
+    /// Handed to an uplink, and not followed beyond it: nobody there is observed, or it goes to a node itself.
     Left,
     /// It left one observed node and never reached the next, and both ledgers are clean.
     Lost,

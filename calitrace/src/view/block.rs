@@ -90,6 +90,12 @@ pub struct Reading {
 }
 
 impl Counts {
+    /// Those that did not get where they were meant to.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.lost + self.rejected
+    }
+
     /// Counts one more packet.
     pub fn add(&mut self, trace: &PacketTrace) {
         self.packets += 1;

@@ -63,6 +63,7 @@ struct FlowTrace {
 struct Shown {
     at: u64,
     packet: Arc<PacketTrace>,
+    counts: Counts,
 }
 
 impl Flows {
@@ -115,6 +116,7 @@ impl Flows {
             flow.shown = flow.latest.back().map(|packet| Shown {
                 at: now,
                 packet: Arc::clone(packet),
+                counts: flow.counts,
             });
             false
         });
@@ -127,6 +129,13 @@ impl Flows {
             flows.iter().take(limit).filter_map(|flow| flow.block()).collect(),
             flows.len(),
         )
+    }
+
+    /// The flows of which more packets failed after they were shown, in the order they began.
+    pub(super) fn grown(&self) -> Vec<Block> {
+        let mut flows: Vec<&FlowTrace> = self.known.values().filter(|flow| flow.fails_on()).collect();
+        flows.sort_by_key(|flow| flow.place);
+        flows.into_iter().filter_map(FlowTrace::block).collect()
     }
 
     /// Makes room by a quarter, so that it need not be made for every packet.
@@ -178,6 +187,12 @@ impl FlowTrace {
             (Some(shown), Some(latest)) => !same_end(&shown.packet, latest),
             (Some(_), None) => false,
         }
+    }
+
+    /// Whether more of its packets failed than were shown.
+    fn fails_on(&self) -> bool {
+        let shown = self.shown.as_ref();
+        shown.is_some_and(|shown| shown.counts.failed() < self.counts.failed())
     }
 
     fn is_due(&self, now: u64) -> bool {

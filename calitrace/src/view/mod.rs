@@ -61,6 +61,13 @@ impl Views {
         self.flows.finish(&self.runs, blocks);
     }
 
+    /// Flows of which more packets failed after they were shown last, as they stand: what failed alike was not worth
+    /// another block.
+    #[must_use]
+    pub fn grown(&self) -> Vec<Block> {
+        self.flows.grown()
+    }
+
     /// The flows as they stand, the one that changed last first, those in trouble before the others; only such as
     /// have been due. At most `limit` are made into blocks; the second number counts all there are.
     #[must_use]

@@ -99,6 +99,11 @@ impl<W: Write + Send> Sink for Text<W> {
     fn finish(&mut self) -> io::Result<()> {
         self.views.finish(&mut self.due);
         self.write_due()?;
+        let totals: Vec<Row> = self.views.grown().iter().map(render::total).collect();
+        if !totals.is_empty() {
+            self.output.write_all(b"\n")?;
+        }
+        self.write(&totals)?;
         self.output.flush()
     }
 }

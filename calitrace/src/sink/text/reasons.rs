@@ -36,9 +36,9 @@ fn of_reason(reason: &str) -> Option<&'static str> {
         "IP_INVALID_SOURCE" | "IP_LOCAL_SOURCE" => "its source is no address a packet may come from",
         "IP_INVALID_DEST" => "its destination is no address a packet may go to",
         // `ip_error`, `net/ipv4/route.c`, where the interface does not forward.
-        "IP_INADDRERRORS" => "its destination is not here, and nothing forwards it",
+        "IP_INADDRERRORS" => "its destination is not here, and forwarding is off",
         "IP_LOCALNET" => "a loopback address from outside",
-        "OTHERHOST" => "its frame is meant for another host",
+        "OTHERHOST" => "its frame is meant for another host (is the neighbour entry of its receiver wrong?)",
         "UNICAST_IN_L2_MULTICAST" => "one receiver's packet in a frame for all",
         "IPV6DISABLED" => "IPv6 is disabled on the interface",
         "PKT_TOO_BIG" => "larger than the MTU, and nobody was seen telling the sender",
@@ -46,8 +46,10 @@ fn of_reason(reason: &str) -> Option<&'static str> {
         "NEIGH_CREATEFAIL" => {
             "the table of neighbours took no entry for the next hop (is it full? gc_thresh3)"
         }
-        "QDISC_DROP" | "QDISC_OVERLIMIT" | "QDISC_CONGESTED" | "FQ_FLOW_LIMIT" | "FQ_BAND_LIMIT"
-        | "CAKE_FLOOD" | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
+        // A device without carrier has `noop_qdisc`, which drops all (`dev_deactivate`, `net/sched/sch_generic.c`).
+        "QDISC_DROP" => "a queue is full, or the device has no carrier (is its other end down?)",
+        "QDISC_OVERLIMIT" | "QDISC_CONGESTED" | "FQ_FLOW_LIMIT" | "FQ_BAND_LIMIT" | "CAKE_FLOOD"
+        | "FULL_RING" | "CPU_BACKLOG" => "a queue is full",
         "TC_INGRESS" | "TC_EGRESS" => "a TC program",
         "BPF_CGROUP_EGRESS" => "a BPF program of its cgroup",
         "XDP" => XDP,

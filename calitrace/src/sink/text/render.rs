@@ -125,6 +125,11 @@ pub(super) fn block(block: &Block, with_sizes: bool) -> Vec<Row> {
     rows
 }
 
+/// What became of all packets of a flow that was shown before.
+pub(super) fn total(block: &Block) -> Row {
+    row(Look::Title, format!("in all: {}", title(block)))
+}
+
 /// What the ledger says of losses, if anything was lost.
 pub(super) fn losses(ledger: &Ledger) -> Option<Row> {
     let lost = ledger.lost();

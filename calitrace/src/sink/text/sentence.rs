@@ -42,7 +42,7 @@ pub(super) fn end(block: &Block) -> Option<Row> {
         Verdict::Expired => Some(row(Look::Alarm, expired(packet))),
         Verdict::Left => Some(row(
             Look::Faint,
-            format!("→ {}; nobody beyond it is observed", departure(packet)),
+            format!("→ {}, and is not followed beyond it", departure(packet)),
         )),
         Verdict::Unknown if packet.bypass.is_some() => packet
             .bypass
@@ -99,6 +99,9 @@ fn place_and_reason(packet: &PacketTrace, report: &DropReport) -> String {
             "{}, and nobody was seen telling the sender: a path MTU black hole",
             size(packet, mtu)
         )),
+        None if is_outer(packet, report) => {
+            Some("no tunnel device here takes it out of its outer packet (is one down?)".to_owned())
+        }
         None => meaning(report),
     };
     let reason = match (report.reason.as_deref(), &report.location) {
@@ -114,6 +117,18 @@ fn place_and_reason(packet: &PacketTrace, report: &DropReport) -> String {
         .collect::<Vec<_>>();
     let colon = if why.is_empty() { "" } else { ": " };
     format!("{place}{colon}{}", why.join(" · "))
+}
+
+/// The drop reason of packets that no socket is there for.
+const NOBODY: &str = "NO_SOCKET";
+
+/// Whether it was for the outer packet that nobody was there: the tunnel device's socket is gone with it.
+fn is_outer(packet: &PacketTrace, report: &DropReport) -> bool {
+    let mut seen = packet.observations.iter().rev();
+    let last = seen.find(|sighting| sighting.interface.is_some());
+    packet.drop.as_ref() == Some(report)
+        && report.reason.as_deref() == Some(NOBODY)
+        && last.is_some_and(|sighting| sighting.encap.is_some())
 }
 
 /// The rule that did it, or those that may have.
@@ -159,10 +174,14 @@ fn is_netfilter(report: &DropReport) -> bool {
 fn dead_end(route: &DeadEnd) -> String {
     let prefix = route.prefix;
     match route.kind {
-        RouteKind::Blackhole => format!("no pod here has the address (blackhole route {prefix})"),
-        RouteKind::Unreachable | RouteKind::Prohibit | RouteKind::Unicast => {
-            format!("the route {prefix} leads nowhere")
+        // Of a block: what the routes of pods leave over.
+        RouteKind::Blackhole if prefix.prefix_len() < prefix.max_prefix_len() => {
+            format!("no pod's route here leads to the address (blackhole route {prefix})")
         }
+        RouteKind::Blackhole => format!("the blackhole route {prefix}"),
+        RouteKind::Unreachable => format!("the unreachable route {prefix}"),
+        RouteKind::Prohibit => format!("the prohibit route {prefix}"),
+        RouteKind::Unicast => format!("the route {prefix} leads nowhere"),
     }
 }
 
@@ -180,10 +199,11 @@ fn rejected(packet: &PacketTrace) -> String {
     };
     let end = unheard(packet, answer, "");
     // Else it came to whoever answered: a port nobody listens at.
-    let refused = packet
-        .drop
-        .as_ref()
-        .filter(|report| is_netfilter(report) || report.route.is_some());
+    let has_reason = |report: &&DropReport| {
+        let reason = report.reason.as_deref().filter(|reason| *reason != NOBODY);
+        is_netfilter(report) || report.route.is_some() || reasons::words(reason, None).is_some()
+    };
+    let refused = packet.drop.as_ref().filter(has_reason);
     let Some(report) = refused else {
         return format!("✗ rejected by {}: {how}{end}", answer.address);
     };

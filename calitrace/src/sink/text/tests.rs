@@ -1,5 +1,7 @@
 //! What blocks look like.
 
+mod sentences;
+
 use std::{
     io::{self, Write},
     sync::{Arc, Mutex},
@@ -11,12 +13,8 @@ use super::{
     render::{Look, row},
 };
 use crate::{
-    correlate::{
-        Answer, AnswerKind, Certainty, DeadEnd, Endpoint, LostReport, NatKind, NatStep, PacketTrace, Segment,
-        Verdict,
-    },
-    event::{EncapKind, Ledger, LedgerRow, RouteKind, Transport},
-    netfilter::{self, Cause, Culprit},
+    correlate::{Certainty, Endpoint, NatKind, NatStep, PacketTrace, Segment, Verdict},
+    event::{Ledger, LedgerRow, Transport},
     view::sample,
 };
 
@@ -97,94 +95,6 @@ fn a_traceroute() {
 }
 
 /// The last line that is printed of a packet.
-fn sentence(trace: PacketTrace) -> String {
-    let text = printed([trace]);
-    text.trim_end().lines().last().unwrap_or_default().to_owned()
-}
-
-#[test]
-fn a_lost_packet_ends_with_where_when_and_why_perhaps() {
-    let mut trace = sample::ping(0, 1);
-    trace.verdict = Verdict::Lost;
-    trace.answer = None;
-    trace.hops.truncate(1);
-    trace.observations.truncate(3);
-    trace.lost = Some(LostReport {
-        node: Some("minikube".into()),
-        interface: Some("eth0".into()),
-        next_node: Some("minikube-m02".into()),
-        elapsed_ns: 5_000,
-        encap: Some(EncapKind::Ipip),
-        xdp: None,
-    });
-    insta::assert_snapshot!(sentence(trace.clone()), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
-    trace.lost.as_mut().unwrap().xdp = Some("eth0".into());
-    insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is dropped by the XDP program at its eth0, filtered on the way, or the node is down");
-}
-
-#[test]
-fn a_packet_that_is_too_large_ends_with_where_and_who_told() {
-    let mut trace = sample::denied(0);
-    trace.verdict = Verdict::Rejected;
-    trace.length = 1500;
-    trace.answer = Some(Answer {
-        kind: AnswerKind::Unreachable,
-        address: "10.244.120.64".parse().unwrap(),
-        rtt_ns: None,
-        icmp: Some((3, 4)),
-        mtu: Some(1480),
-        dropped: None,
-    });
-    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube before tunl0: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
-    trace.drop = None;
-    insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.120.64: 1500 bytes with DF exceed the MTU of 1480; 10.244.120.64 sent ICMP fragmentation needed to 10.244.120.67");
-}
-
-#[test]
-fn a_rule_that_rejects_is_named_with_who_answers() {
-    let mut trace = sample::denied(0);
-    trace.verdict = Verdict::Rejected;
-    trace.answer = Some(Answer {
-        kind: AnswerKind::Unreachable,
-        address: "10.244.120.64".parse().unwrap(),
-        rtt_ns: None,
-        icmp: Some((3, 3)),
-        mtu: None,
-        dropped: None,
-    });
-    trace.drop.as_mut().unwrap().culprits = vec![Culprit {
-        cause: Cause::NoProfile {
-            direction: Some(netfilter::Direction::Egress),
-        },
-        table: "filter".into(),
-        chain: "cali-fw-cali8d02ed71817".into(),
-        rejects: true,
-    }];
-    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: no profile (egress) allows the packet · netfilter FORWARD, NETFILTER_DROP at nft_do_chain; 10.244.120.64 sent ICMP port unreachable to 10.244.120.67");
-    let answer = trace.answer.as_mut().unwrap();
-    (answer.kind, answer.icmp, answer.address) = (AnswerKind::Reset, None, "10.244.205.193".parse().unwrap());
-    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: no profile (egress) allows the packet · netfilter FORWARD, NETFILTER_DROP at nft_do_chain; the node sent a TCP reset in the name of 10.244.205.193");
-    // The rules are not known.
-    trace.drop.as_mut().unwrap().culprits.clear();
-    insta::assert_snapshot!(sentence(trace.clone()), @"✗ rejected on node minikube at cali8d02ed71817, before tunl0: netfilter FORWARD (a policy or firewall rule), NETFILTER_DROP at nft_do_chain; 10.244.205.193 sent TCP reset to 10.244.120.67");
-    // It came to its receiver.
-    trace.drop = None;
-    insta::assert_snapshot!(sentence(trace), @"✗ rejected by 10.244.205.193: TCP reset");
-}
-
-#[test]
-fn a_route_that_leads_nowhere_is_told() {
-    let mut trace = sample::denied(0);
-    let report = trace.drop.as_mut().unwrap();
-    (report.reason, report.location) = (Some("NOT_SPECIFIED".into()), Some("ip_error".into()));
-    report.before = None;
-    report.route = Some(DeadEnd {
-        kind: RouteKind::Blackhole,
-        prefix: "10.244.120.64/26".parse().unwrap(),
-    });
-    insta::assert_snapshot!(sentence(trace), @"✗ dropped on node minikube at cali8d02ed71817: no pod here has the address (blackhole route 10.244.120.64/26), NOT_SPECIFIED at ip_error");
-}
-
 #[test]
 fn a_dropped_packet_ends_with_where_and_why() {
     insta::assert_snapshot!(printed([sample::denied(0)]), @r#"
@@ -197,32 +107,25 @@ fn a_dropped_packet_ends_with_where_and_why() {
 }
 
 #[test]
-fn what_the_receiver_was_past_is_not_lost() {
-    let mut trace = sample::denied(0);
-    let report = trace.drop.as_mut().unwrap();
-    (report.before, report.netfilter) = (None, None);
-    report.location = Some("tcp_data_queue".into());
-    for (reason, harmless) in [
-        ("TCP_OLD_DATA", true),
-        ("TCP_OFOMERGE", true),
-        ("TCP_OLD_SEQUENCE", true),
-        ("TCP_OLD_ACK", true),
-        ("TCP_TOO_OLD_ACK", true),
-        ("TCP_RFC7323_PAWS_ACK", true),
-        ("TCP_RFC7323_PAWS", false),
-        ("TCP_ZEROWINDOW", false),
-        ("SOCKET_BACKLOG", false),
-    ] {
-        trace.drop.as_mut().unwrap().reason = Some(reason.into());
-        let text = printed([trace.clone()]);
-        assert_eq!(text.contains("nothing is lost"), harmless, "{text}");
-        let counted = if harmless {
-            "1 packet, 0 lost, 1 superfluous"
-        } else {
-            "1 packet, 1 lost\n"
-        };
-        assert!(text.contains(counted), "{text}");
+fn packets_that_fail_after_their_flow_was_shown_are_counted_at_the_end() {
+    let output = Shared::default();
+    let mut sink = Text::new(output.clone(), false, false);
+    for packet in 0..40 {
+        sink.trace(&Arc::new(sample::denied(packet * 200_000_000)))
+            .unwrap();
+        sink.tick((packet + 1) * 200_000_000).unwrap();
     }
+    sink.finish().unwrap();
+    let text = output.text();
+    assert!(text.contains("   3 packets, 3 lost\n"), "{text}");
+    assert!(
+        text.ends_with(
+            "\n\nin all: default/busybox-f5945bfb5-mw26t → default/busybox-f5945bfb5-mwgr6   ICMP echo   40 packets, 40 lost\n"
+        ),
+        "{text}"
+    );
+    // Those that were shown with all of theirs are not.
+    assert!(!printed([sample::denied(0)]).contains("in all:"));
 }
 
 #[test]
@@ -318,7 +221,7 @@ fn one_node_alone_over_ipip() {
      2  *  (inferred)
           on node 192.168.49.3, its address is not known here
      3  10.244.205.193 (10.244.205.193) *  (inferred)
-    → left node minikube by eth0; nobody beyond it is observed
+    → left node minikube by eth0, and is not followed beyond it
     "#);
 }
 
