@@ -179,7 +179,13 @@ fn losses(trace: &PacketTrace, text: &mut String) -> std::fmt::Result {
             lost.xdp
                 .as_ref()
                 .map(|xdp| format!(" with an XDP program at {xdp}"))
-                .unwrap_or_default(),
+                .into_iter()
+                .chain(
+                    lost.too_large
+                        .as_ref()
+                        .map(|at| format!(" whose {} takes {} of {} bytes", at.interface, at.mtu, at.length))
+                )
+                .collect::<String>(),
             lost.encap
                 .map_or_else(|| "nothing".to_owned(), |kind| format!("{kind:?}"))
         )?;

@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("a_source_that_the_kernel_filters", reverse_path),
     test("a_queue_that_is_full", queue),
     test("a_packet_lost_between_two_nodes", lost),
+    test("a_packet_too_large_for_the_next_node", too_large),
     test("a_checksum_that_is_wrong", bad_checksum),
     test("a_tunnel_s_checksum_that_is_wrong", bad_outer_checksum),
     test("a_path_mtu_that_nobody_is_told", black_hole),
@@ -296,6 +297,35 @@ fn lost() -> Result<()> {
         );
     }
     says(&text, "✗ lost between minikube eth0 (sent ")
+}
+
+/// The next node's uplink takes less than was sent to it, and drops the rest where no hook is. The twin fits.
+fn too_large() -> Result<()> {
+    let lab = lab()?;
+    let send = |lab: &Lab| {
+        datagrams(lab, POD1, 3)?;
+        // So long they may be under way, and the hooks are in place.
+        std::thread::sleep(Duration::from_secs(4));
+        Ok(())
+    };
+    let (traces, _) = traced(&lab, "udp", POD1, send)?;
+    all(&traces, "delivered")?;
+    lab.namespace("minikube-m02")?.ip("link set eth0 mtu 1000\n")?;
+    let (traces, text) = traced(&lab, "udp", POD1, send)?;
+    all(&traces, "lost")?;
+    for trace in &traces {
+        // 1000 bytes of data, headers of UDP and IPv4 (28), and VXLAN's (50).
+        let expected = serde_json::json!({"interface": "eth0", "mtu": 1000, "length": 1078});
+        ensure!(trace["lost"]["too_large"] == expected, "{trace:#}");
+    }
+    says(&text, "✗ lost between minikube eth0 (sent ")?;
+    ensure!(
+        text.contains(
+            "VXLAN (UDP) is larger (1078 bytes) than the MTU of 1000 of its eth0, filtered on the way"
+        ),
+        "{text}"
+    );
+    Ok(())
 }
 
 /// Two pings of this IP length, which must not be fragmented.

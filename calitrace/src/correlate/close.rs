@@ -1,10 +1,11 @@
 //! Writes down a trace that closes: names in place of numbers, times from its beginning.
 
 use super::{
-    Answer, AnswerKind, Bypass, DeadEnd, DropReport, FlowName, Joint, LogReport, LostReport, NatStep,
-    PacketTrace, Segment, SightedEncap, Sighting, Verdict,
+    Answer, AnswerKind, Bypass, DeadEnd, DropReport, FlowName, Joint, LogReport, LostReport, Name, NatStep,
+    PacketTrace, Segment, SightedEncap, Sighting, TooLarge, Verdict,
     again::Sent,
     blame, hops, key,
+    node::Device,
     open::{Open, Reached, Seen},
     topology::{Next, Topology},
     underlay, verdict, waypoint,
@@ -202,6 +203,7 @@ fn lost_report(open: &Open, topology: &Topology) -> LostReport {
         Next::Node(node) => Some(node),
         Next::Unobserved => None,
     };
+    let uplink = next.and_then(|node| topology.uplink(node, last.encap.as_ref().map(|encap| encap.dst)));
     LostReport {
         node: topology.name(last.node).cloned(),
         interface: topology.interface_name(last.netns, last.ifindex).cloned(),
@@ -213,11 +215,24 @@ fn lost_report(open: &Open, topology: &Topology) -> LostReport {
                 .is_encrypted(last.node, last.ifindex)
                 .then_some(EncapKind::Wireguard),
         },
-        xdp: next.and_then(|node| {
-            let outer = last.encap.as_ref().map(|encap| encap.dst);
-            topology.shielded_uplink(node, outer).cloned()
-        }),
+        xdp: uplink
+            .filter(|device| device.xdp)
+            .map(|device| Name::clone(&device.name)),
+        too_large: uplink.and_then(|device| too_large(last, device)),
     }
+}
+
+/// What left for a device that takes less. Of a super-packet the segments would have to be looked at.
+fn too_large(last: &Seen, device: &Device) -> Option<TooLarge> {
+    let length = match &last.encap {
+        Some(encap) => u32::from(encap.length),
+        None => last.length,
+    };
+    (last.segments <= 1 && length > device.mtu).then(|| TooLarge {
+        interface: Name::clone(&device.name),
+        mtu: device.mtu,
+        length,
+    })
 }
 
 fn drop_report(open: &Open, topology: &Topology) -> Option<DropReport> {

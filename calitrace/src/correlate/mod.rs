@@ -46,7 +46,7 @@ use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
     Answer, AnswerKind, Bypass, Certainty, DeadEnd, DropReport, Endpoint, FlowName, Hop, Joint, LogReport,
-    LostReport, Name, NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, Verdict,
+    LostReport, Name, NatKind, NatStep, PacketTrace, Segment, SightedEncap, Sighting, TooLarge, Verdict,
 };
 
 use crate::event::{Flow, Hook, Item, Observation, Transport};

@@ -16,8 +16,10 @@ pub(super) struct Device {
     pub(super) name: Name,
     /// In bytes.
     pub(super) mtu: u32,
-    /// Of uplinks: whether an XDP program in the driver decides before all hooks, and the addresses.
-    uplink: Option<(bool, Vec<IpAddr>)>,
+    /// Whether an XDP program in the driver decides before all hooks what comes in.
+    pub(super) xdp: bool,
+    /// Of uplinks: the addresses.
+    uplink: Option<Vec<IpAddr>>,
 }
 
 impl Device {
@@ -25,7 +27,8 @@ impl Device {
         Self {
             name: interface.name.as_str().into(),
             mtu: interface.mtu,
-            uplink: (interface.role == Role::Uplink).then(|| (interface.xdp, interface.addresses.clone())),
+            xdp: interface.xdp,
+            uplink: (interface.role == Role::Uplink).then(|| interface.addresses.clone()),
         }
     }
 }
@@ -76,21 +79,20 @@ impl NodeTables {
         blocks.any(|route| route.prefix.contains(&address))
     }
 
-    /// The uplink by which the node gets what is sent to this address of it, or its only one, if an XDP program decides there
-    /// before all hooks what comes in.
-    pub(super) fn shielded_uplink(&self, address: Option<IpAddr>) -> Option<&Name> {
+    /// The uplink by which the node gets what is sent to this address of it, or its only one. None where it may be several.
+    pub(super) fn uplink(&self, address: Option<IpAddr>) -> Option<&Device> {
         let mut uplinks: Vec<_> = self
             .interfaces
             .values()
-            .filter_map(|device| Some((&device.name, device.uplink.as_ref()?)))
+            .filter_map(|device| Some((device, device.uplink.as_ref()?)))
             .collect();
         if let Some(address) = address
-            && let Some(at) = uplinks.iter().position(|(_, (_, own))| own.contains(&address))
+            && let Some(at) = uplinks.iter().position(|(_, own)| own.contains(&address))
         {
             uplinks = vec![uplinks[at]];
         }
         match uplinks[..] {
-            [(name, (true, _))] => Some(name),
+            [(device, _)] => Some(device),
             _ => None,
         }
     }
@@ -115,26 +117,28 @@ mod tests {
     }
 
     #[test]
-    fn an_xdp_program_is_told_of_the_uplink_that_the_packet_comes_by() {
+    fn the_uplink_that_a_packet_comes_by_is_found() {
         let mut node = NodeTables::default();
         let mut add = |interface: &Interface| {
             let device = Device::of(interface);
             node.interfaces.insert(interface.ifindex, device);
         };
         add(&uplink(0, "192.168.49.3", true));
-        let to = |node: &NodeTables, address: Option<&str>| {
+        let to = |node: &NodeTables, address: Option<&str>| -> Option<(String, bool)> {
             let address = address.map(|address| address.parse().unwrap());
-            node.shielded_uplink(address).map(ToString::to_string)
+            let device = node.uplink(address)?;
+            Some((device.name.to_string(), device.xdp))
         };
         add(&Interface {
             role: Role::Workload,
             ..uplink(7, "10.0.0.1", true)
         });
-        assert_eq!(to(&node, None).as_deref(), Some("eth0"));
+        let eth0 = Some(("eth0".to_owned(), true));
+        assert_eq!(to(&node, None), eth0);
         node.interfaces
             .insert(1, Device::of(&uplink(1, "192.168.50.3", false)));
-        assert_eq!(to(&node, Some("192.168.49.3")).as_deref(), Some("eth0"));
-        assert_eq!(to(&node, Some("192.168.50.3")), None);
+        assert_eq!(to(&node, Some("192.168.49.3")), eth0);
+        assert_eq!(to(&node, Some("192.168.50.3")), Some(("eth1".to_owned(), false)));
         // Which of two it came by is not known.
         assert_eq!(to(&node, None), None);
     }

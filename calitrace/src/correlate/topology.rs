@@ -254,10 +254,9 @@ impl Topology {
         self.nodes.get(&node)?.interfaces.get(&ifindex)
     }
 
-    /// The uplink by which the node gets what is sent to this address of it, or its only one, if an XDP program decides there
-    /// before all hooks what comes in.
-    pub(super) fn shielded_uplink(&self, node: Netns, address: Option<IpAddr>) -> Option<&Name> {
-        self.nodes.get(&node)?.shielded_uplink(address)
+    /// The uplink by which the node gets what is sent to this address of it, or its only one. None where it may be several.
+    pub(super) fn uplink(&self, node: Netns, address: Option<IpAddr>) -> Option<&Device> {
+        self.nodes.get(&node)?.uplink(address)
     }
 
     /// The pod that has `address` in `cluster`: a living one before one that is gone.

@@ -192,6 +192,20 @@ pub struct LostReport {
     pub encap: Option<EncapKind>,
     /// The next node's uplink with an XDP program, which may have dropped it where no hook sees it; null without one.
     pub xdp: Option<Name>,
+    /// Set where it was larger than the next node's uplink takes, which may have dropped it where no hook sees it
+    /// (`is_skb_forwardable`, `include/linux/netdevice.h`, of veth; many NICs' drivers, too).
+    pub too_large: Option<TooLarge>,
+}
+
+/// A device that takes less than was sent to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TooLarge {
+    /// The device.
+    pub interface: Name,
+    /// Its MTU, in bytes.
+    pub mtu: u32,
+    /// IP total length of the packet on the wire, in bytes.
+    pub length: u32,
 }
 
 /// Where a packet was last seen coming in, beside TC programs of others. Such a program may hand it on past all further

@@ -5,7 +5,7 @@ use super::{
     render::{Look, Row, row},
 };
 use crate::{
-    correlate::{Answer, AnswerKind, Bypass, DeadEnd, DropReport, Name, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Bypass, DeadEnd, DropReport, Name, PacketTrace, TooLarge, Verdict},
     event::{EncapKind, RouteKind},
     netfilter::Culprit,
     view::{Block, Kind},
@@ -278,13 +278,21 @@ fn lost(packet: &PacketTrace) -> String {
         .xdp
         .as_ref()
         .map(|device| format!("dropped by the XDP program at its {device}, "));
+    let too_large = report.too_large.as_ref().map(|device| {
+        let TooLarge {
+            interface,
+            mtu,
+            length,
+        } = device;
+        format!("larger ({length} bytes) than the MTU of {mtu} of its {interface}, ")
+    });
     format!(
         "✗ lost between {}{} (sent {time} UTC) and {} (nothing lost in the ledgers): {carrier} {}filtered on the way, \
          or the node is down",
         name(&report.node),
         interface.unwrap_or_default(),
         name(&report.next_node),
-        xdp.unwrap_or_default(),
+        [too_large, xdp].into_iter().flatten().collect::<String>(),
     )
 }
 

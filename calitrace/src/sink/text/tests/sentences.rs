@@ -2,7 +2,7 @@
 
 use super::printed;
 use crate::{
-    correlate::{Answer, AnswerKind, DeadEnd, LostReport, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, DeadEnd, LostReport, PacketTrace, TooLarge, Verdict},
     event::{EncapKind, RouteKind},
     netfilter::{self, Cause, Culprit},
     view::sample,
@@ -27,9 +27,17 @@ fn a_lost_packet_ends_with_where_when_and_why_perhaps() {
         elapsed_ns: 5_000,
         encap: Some(EncapKind::Ipip),
         xdp: None,
+        too_large: None,
     });
     insta::assert_snapshot!(sentence(trace.clone()), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is filtered on the way, or the node is down");
-    trace.lost.as_mut().unwrap().xdp = Some("eth0".into());
+    trace.lost.as_mut().unwrap().too_large = Some(TooLarge {
+        interface: "eth0".into(),
+        mtu: 1_400,
+        length: 1_500,
+    });
+    insta::assert_snapshot!(sentence(trace.clone()), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is larger (1500 bytes) than the MTU of 1400 of its eth0, filtered on the way, or the node is down");
+    let lost = trace.lost.as_mut().unwrap();
+    (lost.too_large, lost.xdp) = (None, Some("eth0".into()));
     insta::assert_snapshot!(sentence(trace), @"✗ lost between minikube eth0 (sent 13:20:00.000005 UTC) and minikube-m02 (nothing lost in the ledgers): IPIP (protocol 4) is dropped by the XDP program at its eth0, filtered on the way, or the node is down");
 }
 
