@@ -63,6 +63,17 @@ impl Filter {
     }
 }
 
+impl Filter {
+    /// The pods it names.
+    pub fn named_pods(&self) -> impl Iterator<Item = &PodName> {
+        let ends = [&self.from, &self.to].into_iter().flatten();
+        self.pods.iter().chain(ends.filter_map(|end| match end {
+            End::Pod(name) => Some(name),
+            End::Net(_) => None,
+        }))
+    }
+}
+
 /// Whether it failed. Probes of traceroute that end for want of hops did not; those that a closed port answers are rejected.
 fn failed(verdict: Verdict) -> bool {
     matches!(verdict, Verdict::Dropped | Verdict::Rejected | Verdict::Lost)
@@ -176,6 +187,14 @@ impl FromStr for Protocol {
                 Err(_) => Err("expected tcp, udp, icmp, icmpv6, sctp or a number up to 255".into()),
             },
         }
+    }
+}
+
+impl PodName {
+    /// `namespace/name`.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
     }
 }
 

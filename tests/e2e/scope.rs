@@ -20,7 +20,31 @@ pub(crate) const TESTS: &[Test] = &[
     test("traffic_of_the_node_itself_makes_no_record", node_traffic),
     test("two_clusters_with_the_same_addresses_never_mix", two_labs),
     test("pods_that_come_and_go_while_watching", pods_come_and_go),
+    test("a_pod_that_is_not_there_costs_a_line", misspelt),
 ];
+
+/// A name that no pod has is told; the right one beside it is not, and its packets are shown.
+fn misspelt() -> Result<()> {
+    let lab = Lab::up(&quiet())?;
+    let (one, two) = (lab.pod("pod1")?.full_name(), lab.pod("pod2")?);
+    let arguments = ["-o", "json", "--pod", &one, "--to", "default/typo"];
+    for (arguments, lines) in [(&arguments[..], 1), (&arguments[..4], 0)] {
+        let watch = Watch::start(&with(&lab, arguments))?;
+        lab.ping("pod1", two.ip(), 1, &[])?;
+        let finished = watch.stop()?;
+        let told = finished.stderr.matches(
+            "warning: no pod here is called default/typo, and nothing of it is shown until it comes",
+        );
+        ensure!(told.count() == lines, "{}", finished.stderr);
+        ensure!(!finished.stderr.contains(&one), "{}", finished.stderr);
+        ensure!(
+            finished.packets()?.is_empty() == (lines == 1),
+            "{}",
+            finished.stdout
+        );
+    }
+    Ok(())
+}
 
 /// Like the SSH session that shows the traces: both ends on the uplink, neither a pod's.
 fn node_traffic() -> Result<()> {

@@ -13,6 +13,7 @@ use super::plan;
 use crate::{
     calico::NodeView,
     error::NothingToTrace,
+    filter::Filter,
     kernel,
     source::live::{self, Live},
 };
@@ -57,6 +58,10 @@ async fn watch(plan: &plan::Watch) -> Result<()> {
                 break;
             }
         }
+    }
+
+    for what in strangers(&plan.view.filter, live.nodes()) {
+        log::warn!("{what}");
     }
 
     let stop = async {
@@ -119,6 +124,24 @@ fn absent(plan: &plan::Watch, nodes: &[NodeView]) -> Option<String> {
         "no interface {wanted} on any Calico node of this machine; there are {}",
         names.join(", ")
     ))
+}
+
+/// A line for each pod that the filter names and no node here has: it may be misspelt, and silence would look like health.
+fn strangers(filter: &Filter, nodes: &[NodeView]) -> Vec<String> {
+    let names: Vec<&str> = nodes
+        .iter()
+        .flat_map(|node| &node.pods)
+        .filter_map(|pod| pod.name.as_deref())
+        .collect();
+    let absent = filter.named_pods().filter(|pod| !names.contains(&pod.as_str()));
+    absent
+        .map(|pod| {
+            format!(
+                "no pod here is called {pod}, and nothing of it is shown until it comes (`calitrace topology` lists those here; \
+                 of other nodes only the addresses are known)"
+            )
+        })
+        .collect()
 }
 
 /// A sentence for the person at the terminal, beside the output.
