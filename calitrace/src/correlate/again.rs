@@ -207,7 +207,7 @@ impl Again {
 
 /// The latest entries, at least [`REMEMBERED`] of them.
 #[derive(Debug)]
-struct Recent<K, V> {
+pub(super) struct Recent<K, V> {
     new: FxHashMap<K, V>,
     old: FxHashMap<K, V>,
 }
@@ -222,11 +222,11 @@ impl<K, V> Default for Recent<K, V> {
 }
 
 impl<K: Eq + Hash, V: Copy> Recent<K, V> {
-    fn get(&self, key: &K) -> Option<V> {
+    pub(super) fn get(&self, key: &K) -> Option<V> {
         self.new.get(key).or_else(|| self.old.get(key)).copied()
     }
 
-    fn insert(&mut self, key: K, value: V) {
+    pub(super) fn insert(&mut self, key: K, value: V) {
         if self.new.len() >= REMEMBERED {
             self.old = std::mem::take(&mut self.new);
         }

@@ -10,7 +10,7 @@ use super::{
     key::{self, Part},
     nat::Translations,
     open::{Open, OpenTraces, Seen, WINDOW},
-    segments,
+    outer, segments,
     timers::MILLISECOND,
     topology::{NO_CLUSTER, Place, Topology},
 };
@@ -316,12 +316,14 @@ pub(super) fn may_be(sight: &Sight<'_>, trace: &Open) -> bool {
     if sight.observation.time > trace.first().time + WINDOW || !follows(last, sight) {
         return false;
     }
-    // On one node a packet keeps its `sk_buff`, except where segments are cut and merged, or a fragment is made whole.
+    // On one node a packet keeps its `sk_buff`, except where segments are cut and merged, or a fragment is made whole, be it
+    // of the packet or of the one around it.
     last.node != sight.place.node
         || last.skb == 0
         || sight.observation.skb == 0
         || matches!(sight.part, Part::TcpData { .. } | Part::Fragment { .. })
         || sight.part.datagrams().max(trace.part.datagrams()) > 1
+        || outer::changes_skb(last, sight)
 }
 
 /// Whether a packet last seen at `last` can be next where `sight` is.

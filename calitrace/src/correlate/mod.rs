@@ -21,6 +21,7 @@ mod nat;
 mod node;
 mod open;
 mod order;
+mod outer;
 #[cfg(test)]
 mod properties;
 mod segments;
@@ -42,6 +43,7 @@ use key::Part;
 use nat::Translations;
 use open::{Id, Open, OpenTraces, Reached, Seen};
 use order::Order;
+use outer::Cut;
 use timers::{Hold, Timers};
 use topology::{NO_CLUSTER, Next, Topology};
 pub use trace::{
@@ -89,6 +91,7 @@ pub struct Correlator {
     timers: Timers,
     translations: Translations,
     again: Again,
+    cut: Cut,
     newest: u64,
     evicted: u64,
 }
@@ -104,6 +107,7 @@ impl Correlator {
             timers: Timers::default(),
             translations: Translations::default(),
             again: Again::default(),
+            cut: Cut::default(),
             newest: 0,
             evicted: 0,
         }
@@ -195,6 +199,10 @@ impl Correlator {
             return;
         }
         if observation.drop.as_ref().is_some_and(verdict::is_of_a_whole) {
+            return;
+        }
+        self.cut.note(&sight);
+        if self.cut.is_rest(&sight) {
             return;
         }
         for index in equals::hand_on(&sight, &mut self.open) {
