@@ -167,6 +167,10 @@ pub(super) fn awaits_rules(open: &Open, topology: &Topology, deadline: u64) -> b
 ///
 /// Without netfilter's own word the TTL tells: it is lowered before `FORWARD` and after routing (`ip_forward`,
 /// `net/ipv4/ip_forward.c`; `ip6_forward`, `net/ipv6/ip6_output.c`; 5.10 to 6.18).
+///
+/// What conntrack put together from fragments has a trace that begins with the drop, and no TTL to compare; that it came in
+/// its source tells (`ipv4_conntrack_defrag`, `net/ipv4/netfilter/nf_defrag_ipv4.c`; `ipv6_defrag`,
+/// `net/ipv6/netfilter/nf_defrag_ipv6_hooks.c`; 6.1).
 fn hooks(open: &Open, index: usize, topology: &Topology) -> Vec<netfilter::Hook> {
     use netfilter::Hook::{Forward, Input, Output, Postrouting, Prerouting};
     const ALL: [netfilter::Hook; 5] = [Prerouting, Input, Forward, Output, Postrouting];
@@ -184,8 +188,16 @@ fn hooks(open: &Open, index: usize, topology: &Topology) -> Vec<netfilter::Hook>
         Some(before) if before.is_ingress() && seen.ttl < before.ttl => vec![Forward, Postrouting],
         Some(before) if before.is_ingress() && topology.is_own(seen.node, dst) => vec![Prerouting, Input],
         Some(before) if before.is_ingress() => vec![Prerouting],
+        None if came_in(open, seen, topology) && topology.is_own(seen.node, dst) => vec![Prerouting, Input],
+        None if came_in(open, seen, topology) => vec![Prerouting, Forward, Postrouting],
         _ => vec![Output, Postrouting],
     }
+}
+
+/// Whether a packet of which nothing but its drop was seen on the node came in by an interface of it.
+fn came_in(open: &Open, seen: &Seen, topology: &Topology) -> bool {
+    topology.interface_name(seen.netns, seen.ifindex).is_some()
+        && !topology.is_own(seen.node, open.flow_at(seen).src)
 }
 
 fn destination(open: &Open, seen: &Seen) -> IpAddr {
@@ -253,9 +265,9 @@ fn asked<'a>(
     let flow = open.flow_at(seen);
     // Later fragments have none, though netfilter puts them together where conntrack is.
     let ports = (flow.src_port, flow.dst_port);
-    // It came in by its pod's own interface.
+    // It came in by its pod's own interface, where it may have been dropped, too.
     let is_from_pod = open.seen.iter().any(|came| {
-        came.hook == Hook::WorkloadIngress
+        matches!(came.hook, Hook::WorkloadIngress | Hook::KfreeSkb)
             && came.node == seen.node
             && topology.is_delivery(open.cluster, came.node, came.ifindex, flow.src)
     });
