@@ -50,6 +50,7 @@ const TESTS: &[Test] = &[
     test!(parsing::a_pods_own_tunnel_is_its_payload),
     test!(parsing::ip_options_and_extension_headers_are_stepped_over),
     test!(parsing::later_fragments_have_no_transport),
+    test!(parsing::later_fragments_have_no_node_port),
     test!(transports::udp_has_the_same_key_at_both_ends),
     test!(transports::payloads_that_differ_have_other_digests),
     test!(transports::udp_over_ipv6),

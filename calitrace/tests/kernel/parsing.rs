@@ -314,6 +314,23 @@ pub(crate) fn later_fragments_have_no_transport() {
     }
 }
 
+pub(crate) fn later_fragments_have_no_node_port() {
+    let net = Net::new();
+    let mut watch = Watch::new(&Config::default());
+    watch
+        .kernel
+        .set_scope(&["10.77.0.0/16".parse().unwrap()])
+        .unwrap();
+    watch.attach(&net.left, Hook::UplinkEgress);
+    let from = net.left.udp(LEFT, 0);
+    allow_fragments(&from);
+    // Read as ports, each two bytes of it are 30840, as the second packet's port is.
+    from.send_to(&[0x78; 3500], (RIGHT, 7100)).unwrap();
+    from.send_to(b"node port", (RIGHT, 30_840)).unwrap();
+    let seen = watch.finish();
+    assert!(matches!(&seen[..], [seen] if payload(seen, 9)), "{seen:#?}");
+}
+
 /// Lets the kernel fragment what the socket sends.
 fn allow_fragments(socket: &UdpSocket) {
     use std::os::fd::AsRawFd as _;
