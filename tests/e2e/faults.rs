@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::{
     Test,
-    support::{change_nftables, change_rules},
+    support::{Watch, at_interfaces, change_nftables, change_rules, goes, with},
     test,
     traced::{POD1, POD2, all, culprit, datagrams, lab, ping, raw_socket, says, traced},
 };
@@ -30,6 +30,7 @@ pub(crate) const TESTS: &[Test] = &[
     test("a_queue_that_is_full", queue),
     test("a_packet_lost_between_two_nodes", lost),
     test("a_packet_too_large_for_the_next_node", too_large),
+    test("an_outer_packet_that_is_cut_is_one_trace", cut),
     test("a_checksum_that_is_wrong", bad_checksum),
     test("a_tunnel_s_checksum_that_is_wrong", bad_outer_checksum),
     test("a_path_mtu_that_nobody_is_told", black_hole),
@@ -325,6 +326,35 @@ fn too_large() -> Result<()> {
         ),
         "{text}"
     );
+    Ok(())
+}
+
+/// The sender's uplink takes less: the node cuts the outer packet, and each datagram is still one.
+fn cut() -> Result<()> {
+    const COUNT: u32 = 3;
+    let lab = lab()?;
+    lab.namespace("minikube")?.ip("link set eth0 mtu 1000\n")?;
+    let watch = Watch::start(&with(&lab, &["-o", "json", "--proto", "udp"]))?;
+    datagrams(&lab, POD1, COUNT)?;
+    let traces = watch.stop()?.packets()?;
+    // The later fragments, which have the nodes' addresses alone, make none.
+    ensure!(traces.len() == COUNT as usize, "{traces:#?}");
+    all(&traces, "delivered")?;
+    for trace in &traces {
+        ensure!(
+            goes(trace, "udp", &POD1.to_string(), &POD2.to_string()),
+            "{trace:#}"
+        );
+        let lengths: Vec<&Value> = at_interfaces(trace)
+            .filter_map(|seen| seen["encap"].get("length"))
+            .collect();
+        // IPv4's header, and what fits behind it in eights.
+        ensure!(lengths == [996, 996], "{trace:#}");
+        ensure!(
+            trace["hops"].as_array().is_some_and(|hops| hops.len() == 3),
+            "{trace:#}"
+        );
+    }
     Ok(())
 }
 
