@@ -364,7 +364,7 @@ impl Known {
             src: members(POLICIES - 1).next().expect("a member").into(),
             dst: Ipv4Addr::new(10, 244, 120, 67).into(),
             proto: 6,
-            ports: Some((40_000, port)),
+            ports: Some((Some(40_000), port)),
             icmp: None,
             input: Device::Is("tunl0"),
             output: Device::Is(&interface),

@@ -32,7 +32,7 @@ fuzz_target!(|texts: (&str, &str, [u8; 4], u16)| {
             src: address.into(),
             dst: [10, 244, 120, 67].into(),
             proto,
-            ports: (proto == 6).then_some((port, 80)),
+            ports: (proto == 6).then_some((Some(port), 80)),
             icmp: (proto == 1).then_some((8, 0)),
             input: Device::Is("tunl0"),
             output: Device::Is("cali8d02ed71817"),

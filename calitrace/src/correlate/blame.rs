@@ -249,11 +249,17 @@ fn asked<'a>(
 ) -> Asked<'a> {
     let local = topology.addresses(seen.node);
     if let Some(encap) = &seen.encap {
+        // Hooks tell VXLAN by its port, which is Calico's. They do not say which that is; the rules do.
+        let port = || {
+            let firewall = topology.firewall(seen.node)?;
+            firewall.vxlan_port(encap.src.is_ipv6(), seen.time)
+        };
+        let is_vxlan = encap.kind == EncapKind::Vxlan;
         return Asked {
             src: encap.src,
             dst: encap.dst,
             proto: if encap.kind == EncapKind::Ipip { IPIP } else { UDP },
-            ports: None,
+            ports: is_vxlan.then(port).flatten().map(|port| (None, port)),
             icmp: None,
             input,
             output,
@@ -266,21 +272,21 @@ fn asked<'a>(
     // Later fragments have none, though netfilter puts them together where conntrack is.
     let ports = (flow.src_port, flow.dst_port);
     // It came in by its pod's own interface, where it may have been dropped, too.
-    let is_from_pod = open.seen.iter().any(|came| {
+    let is_from_there = open.seen.iter().any(|came| {
         matches!(came.hook, Hook::WorkloadIngress | Hook::KfreeSkb)
             && came.node == seen.node
-            && topology.is_delivery(open.cluster, came.node, came.ifindex, flow.src)
+            && topology.leads_back(open.cluster, came.node, came.ifindex, flow.src)
     });
     Asked {
         src: flow.src,
         dst: flow.dst,
         proto: flow.proto,
-        ports: (has_ports(flow.proto) && ports != (0, 0)).then_some(ports),
+        ports: (has_ports(flow.proto) && ports != (0, 0)).then_some((Some(ports.0), ports.1)),
         icmp: icmp(&open.packet.transport, flow.src.is_ipv6()),
         input,
         output,
         states: states(flow.proto, &open.packet.transport),
-        is_from_there: is_from_pod,
+        is_from_there,
         local,
     }
 }

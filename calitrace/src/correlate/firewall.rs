@@ -83,6 +83,15 @@ impl Firewall {
         culprits
     }
 
+    /// The UDP port of the node's VXLAN, where Felix' rules of `time` name one. iptables-legacy shows them alone, while
+    /// somebody else's rules are in iptables-nft, or the other way round.
+    pub(super) fn vxlan_port(&self, ipv6: bool, time: u64) -> Option<u16> {
+        let rulesets = self.at(time).flat_map(|state| state.of_family(ipv6));
+        let mut ports = rulesets.filter_map(Ruleset::vxlan_port);
+        let port = ports.next()?;
+        ports.all(|other| other == port).then_some(port)
+    }
+
     /// The rules that log with this prefix, by those of `time`.
     pub(super) fn loggers(&self, prefix: &str, ipv6: bool, time: u64) -> Vec<Logger> {
         let mut loggers: Vec<Logger> = Vec::new();

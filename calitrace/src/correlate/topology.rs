@@ -296,6 +296,19 @@ impl Topology {
                 .is_none_or(|route| route.ifindex.is_none_or(|to| to == ifindex))
     }
 
+    /// Whether `node` sends to `address` by the workload interface `ifindex`, so that reverse path filters let pass what comes
+    /// from that address there.
+    ///
+    /// Routes decide before what is known of pods. A pod's block is a blackhole on its own node, so an address in it without
+    /// a route of its own leads nowhere, and those filters take unicast routes alone (`ipt_rpfilter.c`: `RTN_UNICAST`, and
+    /// `RTN_LOCAL` with `--accept-local`; `ip6t_rpfilter.c`: none of `RTF_REJECT`; 6.18).
+    pub(super) fn leads_back(&self, cluster: u32, node: Netns, ifindex: u32, address: IpAddr) -> bool {
+        match self.route(node, address) {
+            Some(route) => route.kind == RouteKind::Unicast && route.ifindex.is_none_or(|to| to == ifindex),
+            None => self.is_delivery(cluster, node, ifindex, address),
+        }
+    }
+
     /// Whether `node` itself has `address`, or it never leaves a link, so that the node at its end is meant.
     pub(super) fn is_own(&self, node: Netns, address: IpAddr) -> bool {
         is_link_scope(address)

@@ -96,7 +96,8 @@ pub enum Cause {
     },
     /// A pod sent an encapsulated packet, which it must not.
     EncapsulatedByPod,
-    /// The answer would not go back where the packet came from.
+    /// The answer would not go back where the packet came from: its source address is not the sender's, or the sender's
+    /// route is missing.
     ReversePath,
     /// An encapsulated packet from a host that is no node of the cluster, or not known as one here.
     UnknownTunnelPeer,
@@ -166,9 +167,10 @@ impl fmt::Display for Culprit {
                 direction(way)
             ),
             Cause::EncapsulatedByPod => formatter.write_str("pods must not send encapsulated packets"),
-            Cause::ReversePath => {
-                formatter.write_str("the source address is not the sender's (reverse path filter)")
-            }
+            Cause::ReversePath => formatter.write_str(
+                "the node has no route to the source address through the interface it came by: not the sender's address, \
+                 or its route is missing (reverse path filter)",
+            ),
             Cause::UnknownTunnelPeer => {
                 formatter.write_str("encapsulated by a host that is not known as a node of the cluster")
             }

@@ -48,12 +48,9 @@ impl Key {
             Self::Address(End::Source) => Known::Is(address(packet.src)),
             Self::Address(End::Destination) => Known::Is(address(packet.dst)),
             Self::Protocol => Known::Is(packet.proto.into()),
-            Self::Port(end) => match (packet.ports, end) {
-                (Some((port, _)), End::Source) | (Some((_, port)), End::Destination) => {
-                    Known::Is(port.into())
-                }
-                (None, _) => Known::Nothing,
-            },
+            Self::Port(end) => packet
+                .port(end)
+                .map_or(Known::Nothing, |port| Known::Is(port.into())),
             Self::Device(way) => {
                 let device = match way {
                     Way::In => packet.input,
@@ -184,6 +181,14 @@ impl Elements {
             within
         });
         all
+    }
+
+    /// The only value that is an element, of a set with one key.
+    pub(super) fn only(&self) -> Option<u128> {
+        match self.ranges[..] {
+            [(first, last)] if first == last && !self.is_open => Some(first),
+            _ => None,
+        }
     }
 
     /// Whether the packet's values are an element.

@@ -72,6 +72,11 @@ pub(super) fn is_of_group(chain: &str) -> bool {
     GROUP.iter().any(|group| name.starts_with(group))
 }
 
+/// Whether a chain is Felix'.
+pub(super) fn is_felix(chain: &str) -> bool {
+    without_layer(chain).starts_with("cali-")
+}
+
 fn without_layer(name: &str) -> &str {
     let mut layers = LAYERS.iter();
     layers.find_map(|layer| name.strip_prefix(layer)).unwrap_or(name)

@@ -18,6 +18,7 @@ mod save;
 mod sets;
 mod tiers;
 mod translated;
+mod vxlan;
 mod walk;
 
 pub use culprit::{Cause, Culprit, Direction, Limited, PolicyName};

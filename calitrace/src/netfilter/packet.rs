@@ -2,6 +2,8 @@
 
 use std::net::IpAddr;
 
+use super::rules::End;
+
 /// A device that a packet comes or goes by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Device<'a> {
@@ -42,8 +44,9 @@ pub struct Asked<'a> {
     pub dst: IpAddr,
     /// IANA protocol number.
     pub proto: u8,
-    /// Source and destination port, where it has them.
-    pub ports: Option<(u16, u16)>,
+    /// Source and destination port, where it has them. Of an outer header no source port is known: the tunnel's device
+    /// takes one by the inner flow's hash (`udp_flow_src_port`, `include/net/udp.h`).
+    pub ports: Option<(Option<u16>, u16)>,
     /// ICMP type and code, where it has them.
     pub icmp: Option<(u8, u8)>,
     /// The device it came by.
@@ -52,8 +55,20 @@ pub struct Asked<'a> {
     pub output: Device<'a>,
     /// Which states its connection may have.
     pub states: States,
-    /// Its source is behind `input`, as far as is known: the answer would go there.
+    /// Its source is behind `input`, as far as is known: the answer would go there. Only then is it sure that a reverse path
+    /// filter lets it pass.
     pub is_from_there: bool,
     /// The addresses of the node.
     pub local: &'a [IpAddr],
+}
+
+impl Asked<'_> {
+    /// The port at this end, where it is known.
+    pub(super) fn port(&self, end: End) -> Option<u16> {
+        let (source, destination) = self.ports?;
+        match end {
+            End::Source => source,
+            End::Destination => Some(destination),
+        }
+    }
 }

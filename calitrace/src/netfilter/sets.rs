@@ -109,11 +109,7 @@ impl Sets {
         match (self.0.get(name)?, ends) {
             (Set::Nets(nets), [end, ..]) => Some(nets.has(address(end))),
             (Set::Ports(members), [end, port, ..]) => {
-                let (source, destination) = packet.ports?;
-                let port = match port {
-                    End::Source => source,
-                    End::Destination => destination,
-                };
+                let port = packet.port(*port)?;
                 Some(members.contains(&(address(end), packet.proto, port)))
             }
             _ => None,
@@ -168,7 +164,7 @@ add other 10.0.0.0/8,tcp:80
             src: src.parse().unwrap(),
             dst: "10.244.205.193".parse().unwrap(),
             proto,
-            ports,
+            ports: ports.map(|(source, destination)| (Some(source), destination)),
             icmp: None,
             input: Device::Unknown,
             output: Device::Unknown,

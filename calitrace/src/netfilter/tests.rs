@@ -21,7 +21,7 @@ fn datagram(output: &str, port: u16) -> Asked<'_> {
         src: OTHER.parse().unwrap(),
         dst: POD.parse().unwrap(),
         proto: 17,
-        ports: Some((40_000, port)),
+        ports: Some((Some(40_000), port)),
         icmp: None,
         input: Device::Is("tunl0"),
         output: Device::Is(output),
@@ -117,7 +117,10 @@ fn a_wrong_source_fails_before_routing() {
     };
     assert_eq!(
         said(&packet, &[Hook::Prerouting]),
-        ["the source address is not the sender's (reverse path filter)"]
+        [
+            "the node has no route to the source address through the interface it came by: not the sender's address, or its route \
+          is missing (reverse path filter)"
+        ]
     );
     // Of what comes from elsewhere Calico asks nothing there.
     assert!(said(&datagram("", 53), &[Hook::Prerouting]).is_empty());
@@ -143,6 +146,67 @@ fn a_tunnel_s_outer_packet_from_a_stranger() {
         ["encapsulated by a host that is not known as a node of the cluster"]
     );
     assert!(said(&outer("192.168.49.3"), &[Hook::Input]).is_empty());
+}
+
+/// Of its ports only the tunnel's own is known, and Felix says which that is.
+#[test]
+fn an_outer_packet_of_vxlan_has_the_port_that_felix_names() {
+    let local = ["192.168.49.2".parse().unwrap()];
+    let rules = |ports: &str| {
+        let rule = |source, comment, target| {
+            format!(
+                "-A cali-INPUT {source}-p udp -m comment --comment \"{comment}\" -m multiport --dports {ports} -m addrtype \
+                 --dst-type LOCAL -j {target}\n"
+            )
+        };
+        Ruleset::parse(&format!(
+            "*filter\n:INPUT ACCEPT [0:0]\n:cali-INPUT - [0:0]\n-A INPUT -j cali-INPUT\n{}{}COMMIT\n",
+            rule(
+                "-s 192.168.49.3/32 ",
+                "Allow IPv4 VXLAN packets from allowed hosts",
+                "ACCEPT"
+            ),
+            rule("", "Drop IPv4 VXLAN packets from non-allowed hosts", "DROP"),
+        ))
+    };
+    let outer = |src: &str, port: Option<u16>| Asked {
+        src: src.parse().unwrap(),
+        dst: local[0],
+        ports: port.map(|port| (None, port)),
+        input: Device::Is("eth0"),
+        output: Device::None,
+        local: &local,
+        ..datagram("", 0)
+    };
+    for port in ["4789", "8472"] {
+        let rules = rules(port);
+        let known = rules.vxlan_port();
+        assert_eq!(known.map(|port| port.to_string()).as_deref(), Some(port));
+        let of = |src, port| rules.culprits(&outer(src, port), &[Hook::Input], &Sets::default());
+        assert_eq!(of("192.168.49.3", known), []);
+        assert_eq!(of("192.168.49.9", known)[0].cause, Cause::UnknownTunnelPeer);
+        assert_eq!(
+            of("192.168.49.3", None).len(),
+            1,
+            "without the port both may hold"
+        );
+    }
+    assert_eq!(rules("4789,8472").vxlan_port(), None);
+    assert_eq!(Ruleset::default().vxlan_port(), None);
+    // No rule of Felix'.
+    let own = "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p udp -m udp --dport 8472 -m comment --comment \"no VXLAN\" -j \
+               DROP\nCOMMIT\n";
+    assert_eq!(Ruleset::parse(own).vxlan_port(), None);
+    // Where it asks for a source port, nobody knows.
+    let asks =
+        "*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -p udp -m udp --sport 53 --dport 4789 -j DROP\nCOMMIT\n";
+    let asked = outer("192.168.49.3", Some(4789));
+    assert_eq!(
+        Ruleset::parse(asks)
+            .culprits(&asked, &[Hook::Input], &Sets::default())
+            .len(),
+        1
+    );
 }
 
 #[test]

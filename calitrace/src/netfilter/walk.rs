@@ -292,13 +292,12 @@ fn holds(condition: &Match, flow: Flow, packet: &Asked<'_>, sets: &Sets) -> Trut
         What::Device(Way::In, pattern) => device(packet.input, pattern),
         What::Device(Way::Out, pattern) => device(packet.output, pattern),
         What::Protocol(number) => (packet.proto == *number).into(),
-        What::Ports(end, ranges) => match (packet.ports, end) {
-            (Some((port, _)), End::Source) | (Some((_, port)), End::Destination) => ranges
-                .iter()
+        What::Ports(end, ranges) => packet.port(*end).map_or(Truth::Perhaps, |port| {
+            let mut ranges = ranges.iter();
+            ranges
                 .any(|(first, last)| (*first..=*last).contains(&port))
-                .into(),
-            (None, _) => Truth::Perhaps,
-        },
+                .into()
+        }),
         What::State(asked) => match packet.states.0 & asked {
             0 => Truth::No,
             all if all == packet.states.0 => Truth::Yes,

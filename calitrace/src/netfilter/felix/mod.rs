@@ -317,7 +317,7 @@ impl Packet {
             src: address(self.src, shown.ipv6),
             dst: address(self.dst, shown.ipv6),
             proto,
-            ports: matches!(proto, 6 | 17).then_some((40_000, self.port)),
+            ports: matches!(proto, 6 | 17).then_some((Some(40_000), self.port)),
             icmp: self.icmp.or(icmp),
             input: self.input,
             output: self.output,

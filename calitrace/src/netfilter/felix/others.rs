@@ -54,6 +54,14 @@ fn what_no_policy_says_is_told_apart() {
     ]);
 }
 
+/// By whatever tool and version: without it an outer packet may meet each rule for VXLAN, or none.
+#[test]
+fn the_port_of_vxlan_is_known() {
+    for shown in all() {
+        assert_eq!(shown.rules.vxlan_port(), Some(4789));
+    }
+}
+
 /// Of interfaces whose names begin alike, a further chain knows which there are; with nftables, one map of all.
 #[test]
 fn names_that_begin_alike_are_told_apart() {

@@ -13,7 +13,7 @@ fn packet<'a>(src: &str, dst: &str, proto: u8, ports: Option<(u16, u16)>) -> Ask
         src: src.parse().unwrap(),
         dst: dst.parse().unwrap(),
         proto,
-        ports,
+        ports: ports.map(|(source, destination)| (Some(source), destination)),
         icmp: None,
         input: Device::Is("eth0"),
         output: Device::Is("cali1"),
@@ -92,7 +92,7 @@ fn services_without_end_points_reject() {
     );
     assert!(found[0].rejects);
     let other_port = Asked {
-        ports: Some((40_000, 8081)),
+        ports: Some((Some(40_000), 8081)),
         ..asked
     };
     assert_eq!(
