@@ -106,11 +106,7 @@ fn glance_v4(skb: *mut __sk_buff, at: At) -> Option<Glance> {
         return Some(Glance::InScope);
     }
     // What a later fragment has there is payload, which may look like a node port.
-    let ports = if u16::from_be_bytes(header.frags) & 0x1fff == 0 {
-        ports
-    } else {
-        [0; 4]
-    };
+    let ports = if header.frag_offset() == 0 { ports } else { [0; 4] };
     let ends = || (words_v4(header.src_addr), words_v4(header.dst_addr));
     Some(carries(header.proto, ports, at, ends))
 }
