@@ -300,8 +300,9 @@ impl Topology {
     /// from that address there.
     ///
     /// Routes decide before what is known of pods. A pod's block is a blackhole on its own node, so an address in it without
-    /// a route of its own leads nowhere, and those filters take unicast routes alone (`ipt_rpfilter.c`: `RTN_UNICAST`, and
-    /// `RTN_LOCAL` with `--accept-local`; `ip6t_rpfilter.c`: none of `RTF_REJECT`; 6.18).
+    /// a route of its own leads nowhere, and those filters take unicast routes alone (`rpfilter_lookup_reverse`,
+    /// `net/ipv4/netfilter/ipt_rpfilter.c`, 3.7, and so 6.18 was seen to do; `rpfilter_lookup_reverse6`,
+    /// `net/ipv6/netfilter/ip6t_rpfilter.c`, which takes none with `RTF_REJECT`, 6.x).
     pub(super) fn leads_back(&self, cluster: u32, node: Netns, ifindex: u32, address: IpAddr) -> bool {
         match self.route(node, address) {
             Some(route) => route.kind == RouteKind::Unicast && route.ifindex.is_none_or(|to| to == ifindex),

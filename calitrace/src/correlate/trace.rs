@@ -96,6 +96,26 @@ pub struct PacketTrace {
     pub packet: Packet,
 }
 
+impl PacketTrace {
+    /// Whether nothing is lost by its drop: the receiver's TCP was past what it carried, as it is with what is sent twice and
+    /// with acknowledgements that later ones overtook (`include/net/dropreason-core.h`, Linux 6.18).
+    #[must_use]
+    pub fn is_superfluous(&self) -> bool {
+        let reason = self.drop.as_ref().and_then(|report| report.reason.as_deref());
+        matches!(
+            reason,
+            Some(
+                "TCP_OLD_DATA"
+                    | "TCP_OFOMERGE"
+                    | "TCP_OLD_SEQUENCE"
+                    | "TCP_OLD_ACK"
+                    | "TCP_TOO_OLD_ACK"
+                    | "TCP_RFC7323_PAWS_ACK"
+            )
+        )
+    }
+}
+
 /// A TCP segment without new data, in Wireshark's terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -147,25 +167,6 @@ pub struct DropReport {
     /// The netfilter rules that may have dropped it: one where that is certain, by the rules or by what one of them logged;
     /// none where it is not known or netfilter did not.
     pub culprits: Vec<Culprit>,
-}
-
-impl DropReport {
-    /// Whether nothing is lost by it: the receiver's TCP was past what the packet carried, as it is with what is sent twice
-    /// and with acknowledgements that later ones overtook (`include/net/dropreason-core.h`, Linux 6.18).
-    #[must_use]
-    pub fn is_harmless(&self) -> bool {
-        matches!(
-            self.reason.as_deref(),
-            Some(
-                "TCP_OLD_DATA"
-                    | "TCP_OFOMERGE"
-                    | "TCP_OLD_SEQUENCE"
-                    | "TCP_OLD_ACK"
-                    | "TCP_TOO_OLD_ACK"
-                    | "TCP_RFC7323_PAWS_ACK"
-            )
-        )
-    }
 }
 
 /// A route that sends nothing on.

@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc};
 
 use super::way::{self, Step};
 use crate::{
-    correlate::{Answer, AnswerKind, Certainty, DropReport, FlowName, Hop, Name, PacketTrace, Verdict},
+    correlate::{Answer, AnswerKind, Certainty, FlowName, Hop, Name, PacketTrace, Verdict},
     event::{Packet, Transport},
 };
 
@@ -100,7 +100,7 @@ impl Counts {
     pub fn add(&mut self, trace: &PacketTrace) {
         self.packets += 1;
         match trace.verdict {
-            Verdict::Dropped if is_superfluous(trace) => self.superfluous += 1,
+            Verdict::Dropped if trace.is_superfluous() => self.superfluous += 1,
             Verdict::Dropped | Verdict::Lost => self.lost += 1,
             Verdict::Rejected => self.rejected += 1,
             Verdict::Expired => self.expired += 1,
@@ -122,13 +122,9 @@ impl Block {
 pub(super) fn troubled(trace: &PacketTrace) -> bool {
     match trace.verdict {
         Verdict::Rejected | Verdict::Lost => true,
-        Verdict::Dropped => !is_superfluous(trace),
+        Verdict::Dropped => !trace.is_superfluous(),
         _ => false,
     }
-}
-
-fn is_superfluous(trace: &PacketTrace) -> bool {
-    trace.drop.as_ref().is_some_and(DropReport::is_harmless)
 }
 
 /// The lines of real traffic: of each hop the one-way times of `packets`, the oldest first; the rest from the last one.

@@ -17,8 +17,11 @@ pub(super) fn end(block: &Block) -> Option<Row> {
     let run = block.kind == Kind::ProbeRun;
     match packet.verdict {
         Verdict::Dropped => {
-            let harmless = packet.drop.as_ref().is_some_and(DropReport::is_harmless);
-            let look = if harmless { Look::Faint } else { Look::Alarm };
+            let look = if packet.is_superfluous() {
+                Look::Faint
+            } else {
+                Look::Alarm
+            };
             Some(row(look, dropped(packet)))
         }
         Verdict::Lost => Some(row(Look::Alarm, lost(packet))),
